@@ -1,0 +1,1 @@
+"""Arithmetic of the method: pure functions on tensors, without modules, ranks or files."""

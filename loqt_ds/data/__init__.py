@@ -1,0 +1,1 @@
+"""Documents, tokens, packed batches; every position can be saved and resumed."""

@@ -1,0 +1,1 @@
+"""How a step is taken and where the trained state lives: one device, or DeepSpeed."""
