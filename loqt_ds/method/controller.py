@@ -1,0 +1,403 @@
+"""Re-initialization: when it is due, what the layers hand over, and what happens to W, P and B.
+
+It rides on an ordinary step (ALGORITHM.md, "Re-initialization"; ARCHITECTURE.md). The engine calls, in this order,
+
+    begin_step(step, num_micro_batches)      before the first forward; taps the layers if a re-initialization is due
+    begin_micro_batch(index)                 before each forward
+    gradient_complete(name)                  when a layer's gradient of the last micro-batch is there: G or its sketch
+                                             becomes the new P (packed, 4 bits) and is let go
+    apply(name)                              after the layer's update: merge, quantize, compensate
+    end_step(applied)                        applies what has not been applied, or drops it if no update was made
+
+so that gradients of two layers are never alive together when there is one micro-batch, and merged weights never.
+The gradient is the one at the effective weight before the update; the merged weight is one update newer (harmless).
+
+The exact and Gram methods sum G = Σ dYᵀX in float32. The sketch sums S = A Ω (k, r + p) only, A being G or its
+transpose, Ω = orth([M, N]) with M the first moment of B and N Gaussian: G is linear in the data, so it never exists.
+The energy P captures is exact where G is there; for a sketch it is estimated from eight Gaussian probe columns
+that P never saw, ‖PᵀAZ‖² / ‖AZ‖².
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from loqt_ds.config import LoQTConfig
+from loqt_ds.core.compensation import compensate
+from loqt_ds.core.quantization import Packed, dequantize, quantize
+from loqt_ds.core.schedules import ReinitSchedule
+from loqt_ds.core.subspace import (
+    Basis,
+    captured_energy,
+    complete_basis,
+    decompose,
+    layer_seed,
+    overlap,
+    probe_matrix,
+    project_moments,
+    sketch_basis,
+    test_matrix,
+)
+from loqt_ds.method.linear import LoQTLinear
+
+AUTO_GRAM_LIMIT = 512  # loqt.subspace=auto: Gram up to this smaller side, the sketch above
+
+
+class FactorStore(Protocol):
+    """Where the trained factors and their optimizer states live; tensors are shaped like B, in float32."""
+
+    def read(self, name: str) -> Tensor:
+        """B of a layer in the precision of its master copy."""
+
+    def write(self, name: str, value: Tensor) -> None:
+        """Sets B and its master copy."""
+
+    def moments(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """First and second moment of B, or None where the optimizer has none yet."""
+
+    def set_moments(self, name: str, first: Tensor, second: Tensor) -> None:
+        """Overwrites both moments; the step count stays."""
+
+    def reset_moments(self, name: str) -> None:
+        """Makes the optimizer's state of B that of a new parameter."""
+
+
+@dataclass
+class LayerReport:
+    """What one re-initialization did to one layer."""
+
+    name: str
+    kept: str | None = None  # why the layer kept its P, if it did
+    method: str = ""
+    captured_energy: float = math.nan
+    error_before: float = math.nan  # ‖W − quantized W‖/‖W‖
+    error_after: float = math.nan  # ‖W − W_eff‖/‖W‖
+    num_from_previous: int = 0  # columns of P taken from the old P, for want of rank
+    num_random: int = 0
+
+
+@dataclass
+class ReinitReport:
+    """One re-initialization of the whole model."""
+
+    step: int
+    seconds: float
+    layers: list[LayerReport]
+
+    def summary(self) -> dict[str, Any]:
+        """What a log line shows: means over the layers that changed, and counts."""
+        changed = [layer for layer in self.layers if layer.kept is None]
+
+        def mean(values: list[float]) -> float | None:
+            return sum(values) / len(values) if values else None
+
+        return {
+            "num_layers": len(changed),
+            "num_kept": len(self.layers) - len(changed),
+            "captured_energy": mean([layer.captured_energy for layer in changed]),
+            "error_before": mean([layer.error_before for layer in changed]),
+            "error_after": mean([layer.error_after for layer in changed]),
+            "num_from_previous": sum(layer.num_from_previous for layer in changed),
+            "num_random": sum(layer.num_random for layer in changed),
+            "seconds": self.seconds,
+        }
+
+    def record(self) -> dict[str, Any]:
+        """The JSON event: the summary and each layer's numbers."""
+        return self.summary() | {"layers": [asdict(layer) for layer in self.layers]}
+
+
+@dataclass
+class _Accumulated:
+    """One layer's share of the gradient, summed over the micro-batches of a step."""
+
+    total: Tensor  # A (k, l), or A Ω (k, c)
+    probes: Tensor | None = None  # A Z (k, q), with a sketch
+
+
+@dataclass
+class _Pending:
+    """A new P, waiting for the layer's update."""
+
+    packed_p: Packed | None
+    report: LayerReport
+
+
+@dataclass
+class _Step:
+    """The step under way."""
+
+    step: int
+    num_micro_batches: int
+    due: bool
+    micro_batch: int = 0
+    accumulated: dict[str, _Accumulated] = field(default_factory=dict)
+    pending: dict[str, _Pending] = field(default_factory=dict)
+    reports: list[LayerReport] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class Controller:
+    """Owns the re-initializations of a model's layers.
+
+    Args:
+        layers: the LoQT layers by name.
+        options: the method's section of the configuration.
+        store: reads and writes B and its optimizer state.
+        original: (name) -> original weight (out, in) for the first initialization of a layer; None: the quantized
+            weight is all there is.
+        seed: of the Gaussian columns and of random basis columns. No global random number is ever drawn.
+    """
+
+    def __init__(
+        self,
+        layers: dict[str, LoQTLinear],
+        options: LoQTConfig,
+        store: FactorStore,
+        *,
+        original: Callable[[str], Tensor] | None,
+        seed: int,
+    ) -> None:
+        self.layers, self.options, self.store = layers, options, store
+        self.schedule = ReinitSchedule(options.schedule, options.interval, options.growth, options.max_gap)
+        self._original, self._seed = original, seed
+        self._initialized: set[str] = set()
+        self._overdue = False
+        self._num_reinits = 0
+        self._current: _Step | None = None
+
+    # ---------------------------------------------------------------- the step
+
+    @property
+    def active(self) -> bool:
+        """Whether the step under way ends in a re-initialization."""
+        return self._current is not None and self._current.due
+
+    def method(self, layer: LoQTLinear) -> str:
+        """exact, gram or sketch, for this layer."""
+        if self.options.subspace != "auto":
+            return self.options.subspace
+        return "gram" if layer.basis_shape[0] <= AUTO_GRAM_LIMIT else "sketch"
+
+    def begin_step(self, step: int, num_micro_batches: int) -> None:
+        """Starts step `step` (0-based). Taps every layer if the schedule, or a skipped step before, asks for it."""
+        due = self.schedule.is_due(step) or self._overdue
+        self._current = _Step(step, num_micro_batches, due)
+        if due:
+            for name, layer in self.layers.items():
+                layer.tap = self._tap(name, layer)
+
+    def begin_micro_batch(self, index: int) -> None:
+        """Announces micro-batch `index` (0-based) of the step."""
+        assert self._current is not None
+        self._current.micro_batch = index
+
+    @property
+    def in_last_micro_batch(self) -> bool:
+        """Whether the gradients formed now complete the step's."""
+        return self._current is not None and self._current.micro_batch == self._current.num_micro_batches - 1
+
+    def _tap(self, name: str, layer: LoQTLinear) -> Callable[[Tensor, Tensor], None]:
+        """The function a tapped layer calls in its backward with dY (T, out) and X (T, in)."""
+        sketched = self.method(layer) == "sketch"
+
+        @torch.no_grad()
+        def tap(dy: Tensor, x: Tensor) -> None:
+            current = self._current
+            assert current is not None
+            started = time.perf_counter()
+            inner, outer = (x, dy) if layer.side == "right" else (dy, x)  # (T, k), (T, l)
+            if sketched:
+                omega = self._test_matrix(name, layer).to(outer.dtype)  # (l, c)
+                z = self._probes(name, layer).to(outer.dtype)  # (l, q)
+                share = _Accumulated(inner.t() @ (outer @ omega), inner.t() @ (outer @ z))
+            else:
+                # float32: products of bf16 gradients would be rounded to bf16 before they are summed.
+                share = _Accumulated(inner.float().t() @ outer.float())
+            before = current.accumulated.get(name)
+            if before is None:
+                current.accumulated[name] = share
+            else:
+                before.total += share.total
+                if before.probes is not None and share.probes is not None:
+                    before.probes += share.probes
+            current.seconds += time.perf_counter() - started
+
+        return tap
+
+    def _layer_seed(self, name: str) -> int:
+        assert self._current is not None
+        return layer_seed(self._seed, self._current.step, name)
+
+    def _test_matrix(self, name: str, layer: LoQTLinear) -> Tensor:
+        """Ω (l, c), the same in every micro-batch of the step."""
+        moments = self.store.moments(name) if name in self._initialized else None
+        length = max(layer.B.shape[0], layer.B.shape[1]) if layer.side == "left" else layer.B.shape[0]
+        # Without a moment to start from, twice the columns make up for the missing power iteration.
+        extra = self.options.sketch_oversampling if moments is not None else layer.rank
+        return test_matrix(
+            length=length,
+            moment=None if moments is None else layer.canonical(moments[0]),
+            num_gaussian=extra if moments is not None else layer.rank + max(extra, self.options.sketch_oversampling),
+            seed=self._layer_seed(name),
+            device=layer.B.device,
+        )
+
+    def _probes(self, name: str, layer: LoQTLinear) -> Tensor:
+        length = layer.B.shape[0] if layer.side == "right" else layer.B.shape[1]
+        return probe_matrix(length=length, seed=self._layer_seed(name + "/probes"), device=layer.B.device)
+
+    # ---------------------------------------------------------------- from G to P
+
+    @torch.no_grad()
+    def gradient_complete(self, name: str) -> None:
+        """Turns what the layer's taps gathered into its next P, and lets it go. Does nothing in ordinary steps."""
+        current = self._current
+        if current is None or not current.due or name in current.pending:
+            return
+        started = time.perf_counter()
+        layer = self.layers[name]
+        layer.tap = None
+        gathered = current.accumulated.pop(name, None)
+        report = LayerReport(name)
+        packed = self._next_basis(name, layer, gathered, report)
+        current.pending[name] = _Pending(packed, report)
+        current.seconds += time.perf_counter() - started
+
+    def _next_basis(
+        self, name: str, layer: LoQTLinear, gathered: _Accumulated | None, report: LayerReport
+    ) -> Packed | None:
+        """P (k, r), packed; None where the layer keeps the one it has."""
+        k = layer.basis_shape[0]
+        first = name not in self._initialized
+        basis: Basis | None = None
+        if gathered is None:
+            report.kept = "no gradient reached the layer"
+        elif not torch.isfinite(gathered.total).all():
+            report.kept = "the gradient is not finite"
+        elif not gathered.total.any():
+            report.kept = "the gradient is zero"
+        else:
+            try:
+                basis, report.method = self._decompose(layer, gathered.total)
+            except torch.linalg.LinAlgError as error:
+                report.kept = f"the decomposition failed: {error}"
+        if basis is None:
+            if not first:
+                return None
+            # A layer without any P would learn nothing until the next time: it starts from a random basis.
+            report.method, report.kept = f"random ({report.kept})", None
+            basis = Basis(torch.zeros(k, 0, device=layer.B.device), 0)
+        previous = None if first else layer.basis_hat()
+        full = complete_basis(basis.vectors, layer.rank, previous=previous, seed=self._layer_seed(name + "/basis"))
+        report.num_from_previous, report.num_random = full.num_from_previous, full.num_random
+        if gathered is not None and not report.method.startswith("random"):
+            probed = gathered.total if gathered.probes is None else gathered.probes
+            report.captured_energy = captured_energy(probed, full.vectors)
+        return quantize(full.vectors, layer.spec_p)
+
+    def _decompose(self, layer: LoQTLinear, total: Tensor) -> tuple[Basis, str]:
+        method = self.method(layer)
+        if method == "sketch":
+            return sketch_basis(total, layer.rank), method
+        return decompose(total, layer.rank, method)
+
+    # ---------------------------------------------------------------- from P to W, B
+
+    @torch.no_grad()
+    def apply(self, name: str) -> None:
+        """Merges, quantizes and compensates one layer whose update has been made."""
+        current = self._current
+        if current is None or name not in current.pending:
+            return
+        started = time.perf_counter()
+        layer = self.layers[name]
+        pending = current.pending.pop(name)
+        current.reports.append(pending.report)
+        if pending.packed_p is not None:
+            self._rebuild(name, layer, pending.packed_p, pending.report)
+        current.seconds += time.perf_counter() - started
+
+    def _rebuild(self, name: str, layer: LoQTLinear, packed_p: Packed, report: LayerReport) -> None:
+        first = name not in self._initialized
+        if first and self._original is not None:
+            weight = self._original(name).to(device=layer.B.device, dtype=torch.float32)
+        else:
+            weight = layer.effective_weight(layer.canonical(self.store.read(name)))
+        new_hat = dequantize(packed_p, layer.basis_shape, layer.spec_p)
+        if not first and self.options.optimizer_state == "project":
+            self._project_moments(name, layer, new_hat)
+        elif first or self.options.optimizer_state == "reset":
+            # The first time, B has only seen a step without P: its state is that of a new parameter.
+            self.store.reset_moments(name)
+        result = compensate(
+            weight,
+            new_hat,
+            side=layer.side,
+            scale=layer.scale,
+            iterations=self.options.compensation_steps,
+            spec=layer.spec_w,
+        )
+        layer.set_w(result.packed)
+        layer.set_p(packed_p)
+        self.store.write(name, layer.canonical(result.factor))
+        report.error_before, report.error_after = result.error_before, result.error_after
+        self._initialized.add(name)
+
+    def _project_moments(self, name: str, layer: LoQTLinear, new_hat: Tensor) -> None:
+        moments = self.store.moments(name)
+        if moments is None:
+            return
+        between = overlap(layer.basis_hat(), new_hat)  # (r, r)
+        first, second = project_moments(layer.canonical(moments[0]), layer.canonical(moments[1]), between)
+        self.store.set_moments(name, layer.canonical(first), layer.canonical(second))
+
+    def end_step(self, applied: bool) -> ReinitReport | None:
+        """Ends the step. If its update was applied, every layer that still waits is re-initialized now; if it was
+        skipped, what was gathered is dropped and the re-initialization stays due for the next step.
+
+        Returns a report if a re-initialization took place.
+        """
+        current = self._current
+        assert current is not None
+        report = None
+        if current.due:
+            if applied:
+                for name in self.layers:
+                    if not any(done.name == name for done in current.reports):
+                        self.gradient_complete(name)
+                        self.apply(name)
+                self._num_reinits += 1
+                report = ReinitReport(current.step, current.seconds, current.reports)
+            self._overdue = not applied
+            for layer in self.layers.values():
+                layer.tap = None
+        self._current = None
+        return report
+
+    # ---------------------------------------------------------------- saving
+
+    @property
+    def num_reinits(self) -> int:
+        """Re-initializations made so far."""
+        return self._num_reinits
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON: which layers have a P, and whether a skipped step left a re-initialization due."""
+        return {
+            "initialized": sorted(self._initialized),
+            "overdue": self._overdue,
+            "num_reinits": self._num_reinits,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores `state_dict`."""
+        self._initialized = set(state["initialized"])
+        self._overdue, self._num_reinits = bool(state["overdue"]), int(state["num_reinits"])

@@ -1,0 +1,374 @@
+"""From a model with `nn.Linear` to one with `LoQTLinear`: in place, or without ever holding the model in full precision.
+
+Three ways in:
+
+- `convert(model, ...)` replaces the linears of a model that is in memory;
+- `build_model(config, ...)` builds a transformers model with unallocated parameters and then materializes one module at
+  a time (drawn by the model's own initializer, each module from its own seed, or read from safetensors), quantizes it
+  and lets the full-precision tensor go;
+- `build_meta(config, ...)` stops before materializing, for the planner, for checks, and for loading a checkpoint.
+
+Because a weight is drawn from (seed, module name) or read from a file, it can be had again: `WeightSource.weight(name)`
+is what the first re-initialization calls, so that B compensates the error of the first quantization too
+(ALGORITHM.md, re-initialization, step 1).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from loqt_ds.config import LoQTConfig
+from loqt_ds.core.quantization import QuantSpec, quantize
+from loqt_ds.core.subspace import layer_seed, resolve_side
+from loqt_ds.method.linear import LoQTLinear
+
+
+class WeightSource(Protocol):
+    """Where full-precision tensors come from, one at a time, as often as asked."""
+
+    def module(self, name: str, module: nn.Module) -> dict[str, Tensor]:
+        """The module's own parameters by their short names, float32 or as stored, on the CPU."""
+
+    def weight(self, name: str) -> Tensor:
+        """The weight of the linear `name` in its original precision, as float32 (out, in), on the CPU."""
+
+
+def loqt_layers(model: nn.Module) -> dict[str, LoQTLinear]:
+    """All LoQT layers by module name, in the order of the model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoQTLinear)}
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if callable(getter) else None
+
+
+def target_linears(model: nn.Module, target_modules: str | list[str]) -> dict[str, nn.Linear]:
+    """The linears to adapt, by name.
+
+    `target_modules` is "all-linear" (every `nn.Linear` but the output head and those whose weight is shared), a regular
+    expression matched against the whole module name, or a list of name suffixes.
+
+    Raises ValueError, listing the names there are, if nothing matches, a listed suffix matches nothing, or the output
+    head or a shared weight is asked for.
+    """
+    head = _head(model)
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    # Exactly nn.Linear: subclasses (say, of nn.MultiheadAttention) are read by their parents, not called.
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    allowed = {n: m for n, m in linears.items() if m is not head and owners[id(m.weight)] == 1}
+    known = ", ".join(sorted({re.sub(r"\.\d+\.", ".N.", name) for name in allowed})) or "none"
+    if target_modules == "all-linear":
+        chosen = allowed
+    elif isinstance(target_modules, str):
+        try:
+            pattern = re.compile(target_modules)
+        except re.error as error:
+            raise ValueError(f"loqt.target_modules={target_modules!r} is not a regular expression: {error}") from None
+        chosen = {n: m for n, m in linears.items() if pattern.fullmatch(n)}
+    else:
+        chosen = {}
+        for suffix in target_modules:
+            found = {n: m for n, m in linears.items() if n == suffix or n.endswith("." + suffix)}
+            if not found:
+                raise ValueError(f"loqt.target_modules: {suffix!r} matches no linear layer; there are: {known}")
+            chosen |= found
+    if not chosen:
+        raise ValueError(f"loqt.target_modules={target_modules!r} matches no linear layer; there are: {known}")
+    refused = sorted(set(chosen) - set(allowed))
+    if refused:
+        raise ValueError(
+            f"loqt.target_modules={target_modules!r} matches {', '.join(refused)}: the output head and shared weights "
+            f"are trained in full; choose among: {known}"
+        )
+    return {name: module for name, module in linears.items() if name in chosen}
+
+
+def check_rank(linears: dict[str, nn.Linear], rank: int) -> None:
+    """Raises ValueError, naming the narrowest layer, if `rank` is above the smaller side of any of them."""
+    name, linear = min(linears.items(), key=lambda item: min(item[1].in_features, item[1].out_features))
+    smallest = min(linear.in_features, linear.out_features)
+    if rank > smallest:
+        raise ValueError(
+            f"loqt.rank={rank} is larger than the smaller side ({smallest}) of {name} "
+            f"({linear.out_features}, {linear.in_features}); use a rank of at most {smallest}, "
+            f"or leave that layer out of loqt.target_modules"
+        )
+
+
+def quantization_specs(loqt: LoQTConfig, dtype: torch.dtype) -> tuple[QuantSpec, QuantSpec]:
+    """How W and how P are stored."""
+    return (
+        QuantSpec(loqt.quantize_w, double_quant=loqt.double_quant in ("w", "both"), dense_dtype=dtype),
+        QuantSpec(loqt.quantize_p, double_quant=loqt.double_quant in ("p", "both"), dense_dtype=dtype),
+    )
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _loqt_twin(linear: nn.Linear, loqt: LoQTConfig, dtype: torch.dtype, device: torch.device | str) -> LoQTLinear:
+    spec_w, spec_p = quantization_specs(loqt, dtype)
+    return LoQTLinear(
+        linear.in_features,
+        linear.out_features,
+        rank=loqt.rank,
+        side=resolve_side(loqt.side, linear.out_features, linear.in_features),
+        scale=loqt.alpha,
+        spec_w=spec_w,
+        spec_p=spec_p,
+        bias=linear.bias is not None,
+        dtype=dtype,
+        device=device,
+    )
+
+
+@torch.no_grad()
+def convert(model: nn.Module, loqt: LoQTConfig) -> dict[str, Tensor]:
+    """Replaces the target linears of a model in memory by LoQT layers on the same device, quantizing each weight.
+
+    B and biases take the dtype of the weight they belong to. Returns the original weights by name (out, in), which
+    the controller needs for the first re-initialization and then lets go.
+    """
+    linears = target_linears(model, loqt.target_modules)
+    check_rank(linears, loqt.rank)
+    originals: dict[str, Tensor] = {}
+    for name, linear in linears.items():
+        layer = _loqt_twin(linear, loqt, linear.weight.dtype, linear.weight.device)
+        layer.set_w(quantize(linear.weight.detach().float(), layer.spec_w))
+        if layer.bias is not None and linear.bias is not None:
+            layer.bias.copy_(linear.bias)
+        layer.train(linear.training)
+        originals[name] = linear.weight.detach()
+        _replace(model, name, layer)
+    return originals
+
+
+# ---------------------------------------------------------------- models that are never held in full precision
+
+
+def build_empty(model_config: Any, *, attention: str = "sdpa") -> nn.Module:
+    """A transformers causal LM whose parameters are on the meta device; its buffers (rotary tables) are real."""
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, attn_implementation=attention)
+    return model.train()
+
+
+def build_meta(
+    model_config: Any, loqt: LoQTConfig, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+) -> nn.Module:
+    """The converted model with nothing allocated: LoQT layers and parameters in `dtype` on the meta device."""
+    model = build_empty(model_config, attention=attention)
+    linears = target_linears(model, loqt.target_modules)
+    check_rank(linears, loqt.rank)
+    for name, linear in linears.items():
+        _replace(model, name, _loqt_twin(linear, loqt, dtype, "meta"))
+    for module in model.modules():
+        for short, parameter in module.named_parameters(recurse=False):
+            if parameter.dtype != dtype:
+                setattr(module, short, nn.Parameter(parameter.to(dtype)))
+    tie_weights(model)
+    return model
+
+
+def tie_weights(model: nn.Module) -> None:
+    """Points shared parameters at one tensor again, after they were replaced one by one."""
+    tie = getattr(model, "tie_weights", None)
+    if callable(tie):
+        tie()
+
+
+def _tied_head(model: nn.Module) -> nn.Module | None:
+    """The output head, if it has no weight of its own."""
+    config = getattr(model, "config", None)
+    return _head(model) if getattr(config, "tie_word_embeddings", False) else None
+
+
+def _materialize(module: nn.Module, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
+    for short, _ in list(module.named_parameters(recurse=False)):
+        module.register_parameter(short, nn.Parameter(tensors[short].to(device=device, dtype=dtype)))
+
+
+@torch.no_grad()
+def build_model(
+    model_config: Any,
+    loqt: LoQTConfig,
+    source: Callable[[nn.Module], WeightSource],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+) -> tuple[nn.Module, WeightSource]:
+    """Builds, quantizes and releases layer by layer; at its peak one weight is alive in float32.
+
+    Args:
+        model_config: a transformers configuration.
+        source: makes the weight source for the empty model: `initializer(seed)` or `checkpoint_files(directory)`.
+        device, dtype: of the trained parameters and of the computation.
+
+    Returns the model, whose P and B are zero, and the source.
+    """
+    device = torch.device(device)
+    model = build_empty(model_config, attention=attention)
+    linears = target_linears(model, loqt.target_modules)
+    check_rank(linears, loqt.rank)
+    weights = source(model)
+    tied = _tied_head(model)
+    for name, module in list(model.named_modules()):
+        if module is tied or not list(module.named_parameters(recurse=False)):
+            continue
+        tensors = weights.module(name, module)
+        if name not in linears:
+            _materialize(module, tensors, device, dtype)
+            continue
+        layer = _loqt_twin(linears[name], loqt, dtype, device)
+        layer.set_w(quantize(tensors["weight"].to(device).float(), layer.spec_w))
+        if layer.bias is not None:
+            layer.bias.copy_(tensors["bias"])
+        _replace(model, name, layer)
+    tie_weights(model)
+    model.to(device)  # what is left: buffers such as rotary tables
+    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    assert not left, f"not materialized: {left}"
+    return model, weights
+
+
+class _Initializer:
+    """Draws a module's parameters with the model's own initializer, from (seed, module name) alone."""
+
+    def __init__(self, model: nn.Module, seed: int) -> None:
+        self._model, self._seed = model, seed
+        self._linears = {n: (m.in_features, m.out_features) for n, m in model.named_modules() if type(m) is nn.Linear}
+
+    def _owner(self, name: str) -> nn.Module:
+        from transformers import PreTrainedModel
+
+        parts = name.split(".")
+        for end in range(len(parts), -1, -1):
+            module = self._model.get_submodule(".".join(parts[:end]))
+            if isinstance(module, PreTrainedModel):
+                return module
+        raise ValueError(f"{type(self._model).__name__} has no initializer of its own; give weights to load instead")
+
+    def module(self, name: str, module: nn.Module) -> dict[str, Tensor]:
+        shapes = {short: (p.shape, p.requires_grad) for short, p in module.named_parameters(recurse=False)}
+        owner = self._owner(name)
+        for short, (shape, requires_grad) in shapes.items():
+            # NaN, not zero: a parameter that the initializer forgets must not pass for an initialized one.
+            blank = torch.full(shape, float("nan"), dtype=torch.float32)
+            module.register_parameter(short, nn.Parameter(blank, requires_grad=requires_grad))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(layer_seed(self._seed, 0, name))
+            owner._init_weights(module)  # type: ignore[operator]
+        tensors = {short: p.detach() for short, p in module.named_parameters(recurse=False)}
+        forgotten = [short for short, t in tensors.items() if not torch.isfinite(t).all()]
+        if forgotten:
+            raise ValueError(f"the initializer of {type(owner).__name__} leaves {name}.{forgotten[0]} uninitialized")
+        return tensors
+
+    def weight(self, name: str) -> Tensor:
+        in_features, out_features = self._linears[name]
+        with torch.device("meta"):
+            blank = nn.Linear(in_features, out_features)  # the bias, if any, is drawn after the weight
+        return self.module(name, blank)["weight"]
+
+
+class _CheckpointFiles:
+    """Reads tensors, one at a time, from one or several safetensors files."""
+
+    def __init__(self, model: nn.Module, directory: Path) -> None:
+        self._files = dict(_tensor_files(directory))
+        tied = _tied_head(model)
+        wanted: dict[str, torch.Size] = {}
+        for name, module in model.named_modules():
+            for short, parameter in module.named_parameters(recurse=False):
+                if module is not tied:
+                    wanted[f"{name}.{short}" if name else short] = parameter.shape
+        missing = sorted(set(wanted) - set(self._files))
+        if missing:
+            raise ValueError(
+                f"model.path={str(directory)!r} has no tensor {missing[0]} (and {len(missing) - 1} others of "
+                f"{len(wanted)} are missing): its config.json describes another model than its files hold"
+            )
+        ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []]
+        ignored += [re.compile(r".*rotary_emb\.inv_freq"), re.compile(r"lm_head\.weight")] if tied is not None else [
+            re.compile(r".*rotary_emb\.inv_freq")
+        ]
+        extra = [k for k in sorted(set(self._files) - set(wanted)) if not any(p.search(k) for p in ignored)]
+        if extra:
+            raise ValueError(
+                f"model.path={str(directory)!r} holds {len(extra)} tensors that {type(model).__name__} has no place "
+                f"for, the first being {extra[0]}; give the directory of a full-precision checkpoint of that model"
+            )
+        for name, shape in wanted.items():
+            found = self._shape(name)
+            if tuple(found) != tuple(shape):
+                raise ValueError(f"model.path={str(directory)!r}: {name} is {tuple(found)}, the model's is {tuple(shape)}")
+
+    def _shape(self, name: str) -> list[int]:
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_slice(name).get_shape()
+
+    def _read(self, name: str) -> Tensor:
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def module(self, name: str, module: nn.Module) -> dict[str, Tensor]:
+        prefix = f"{name}." if name else ""
+        return {short: self._read(prefix + short) for short, _ in module.named_parameters(recurse=False)}
+
+    def weight(self, name: str) -> Tensor:
+        return self._read(f"{name}.weight").float()
+
+
+def _tensor_files(directory: Path) -> Iterator[tuple[str, Path]]:
+    """(tensor name, file) for each tensor of a safetensors checkpoint, sharded or not."""
+    index = directory / "model.safetensors.index.json"
+    single = directory / "model.safetensors"
+    if index.is_file():
+        for name, file in json.loads(index.read_text())["weight_map"].items():
+            if not (directory / file).is_file():
+                raise ValueError(f"model.path={str(directory)!r}: the index names {file}, which is not there")
+            yield name, directory / file
+    elif single.is_file():
+        try:
+            with safe_open(single, framework="pt") as opened:
+                names = list(opened.keys())
+        except SafetensorError as error:
+            raise ValueError(f"model.path={str(directory)!r}: {single.name} cannot be read: {error}") from error
+        for name in names:
+            yield name, single
+    else:
+        raise ValueError(
+            f"model.path={str(directory)!r} has neither model.safetensors nor model.safetensors.index.json; "
+            "pickled .bin checkpoints are not read: convert them to safetensors"
+        )
+
+
+def initializer(seed: int) -> Callable[[nn.Module], WeightSource]:
+    """Weights drawn by the model's own initializer."""
+    return lambda model: _Initializer(model, seed)
+
+
+def checkpoint_files(directory: str | Path) -> Callable[[nn.Module], WeightSource]:
+    """Weights read from the safetensors files of a directory.
+
+    Raises ValueError if the files are missing, pickled, quantized, or of another model.
+    """
+    return lambda model: _CheckpointFiles(model, Path(directory))
