@@ -1,0 +1,255 @@
+"""Every option of a run: one dataclass a section, one docstring a field.
+
+The docstring under a field is its documentation: `--help` prints it with the default (see `parsing.help_text`), so that an
+option cannot exist without being explained. `Literal` types are the list of valid values; the parser refuses any other.
+Hyper-parameters that come from the paper (arXiv 2405.16528, section 4 and appendix) say so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass
+class ModelConfig:
+    """Which model is trained: a shape (drawn from the seed) or a checkpoint."""
+
+    shape: str | None = None
+    """Name of a file in configs/models (without .json), or a path to a transformers config .json; weights are drawn from
+    train.seed. Give this or model.path."""
+    path: str | None = None
+    """Directory of a transformers checkpoint (config.json and safetensors) whose weights training starts from."""
+    vocab_size: int | Literal["auto"] | None = None
+    """Vocabulary of a model built from model.shape: null takes the shape file's, auto takes the tokenizer's size rounded up
+    to a multiple of 64."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation of transformers; flash_attention_2 needs its package, a CUDA device and bf16."""
+
+
+@dataclass
+class LoQTConfig:
+    """The method: which linears are adapted, how they are quantized, when they are re-initialized."""
+
+    rank: int = 128
+    """Columns r of the projection P; at most the smaller side of every adapted matrix."""
+    alpha: float = 0.5
+    """Scale s of the low-rank path, W_eff = W_q + s * (B P^T or P B); it is not divided by the rank."""
+    schedule: Literal["exponential", "static", "linear", "never"] = "exponential"
+    """When layers are re-initialized: gaps of interval + int(growth^k), interval, interval + int(k * growth) steps, or
+    never (one initialization, W then stays fixed, the result is an adapter)."""
+    interval: int = 100
+    """Smallest gap between re-initializations in steps (tau of the paper)."""
+    growth: float = 1.2
+    """How gaps grow (psi of the paper): the base for exponential, the slope in steps for linear."""
+    max_gap: int | None = None
+    """Largest gap in steps; gaps that grow beyond it are cut to it. null: no limit."""
+    compensation_steps: int = 5
+    """Iterations C of quantization-error compensation at a re-initialization; 0: W is quantized and B starts at zero."""
+    quantize_w: Literal["nf4", "fp4", "int4", "none"] = "nf4"
+    """4-bit format of the frozen weight W, in blocks of 64; none keeps W dense (the paper's LoQT-nq)."""
+    quantize_p: Literal["nf4", "fp4", "int4", "none"] = "nf4"
+    """4-bit format of the frozen projection P; none keeps P dense."""
+    double_quant: Literal["none", "w", "p", "both"] = "none"
+    """Whose absmax is quantized again to 8 bits, in blocks of 256: of neither, of W, of P, or of both (true = both,
+    false = none)."""
+    subspace: Literal["auto", "exact", "gram", "sketch"] = "auto"
+    """How P is found: exact SVD of the gradient, eigenvectors of its Gram matrix, or a randomized sketch; auto takes gram
+    where the smaller side of the matrix is at most 512 and sketch above."""
+    sketch_oversampling: int = 32
+    """Gaussian columns p added to the rank in a sketch."""
+    optimizer_state: Literal["keep", "reset", "project"] = "keep"
+    """What a re-initialization does to Adam's moments of B: keep them, set them to zero, or project them to the new P."""
+    side: Literal["auto", "left", "right"] = "auto"
+    """Side of W that P sits on: right is the input, left the output, auto the smaller of the two."""
+    target_modules: str | list[str] = "all-linear"
+    """Adapted linears: all-linear (every nn.Linear but the output head), a regular expression that must match the whole
+    module name, or a list of name suffixes such as [q_proj, v_proj]."""
+
+    @property
+    def double_quant_w(self) -> bool:
+        """Whether the absmax values of W are quantized again."""
+        return self.double_quant in ("w", "both")
+
+    @property
+    def double_quant_p(self) -> bool:
+        """Whether the absmax values of P are quantized again."""
+        return self.double_quant in ("p", "both")
+
+
+@dataclass
+class DataConfig:
+    """Text and how it becomes batches. Neither path nor name: the Python standard library's own source."""
+
+    path: str | list[str] | None = None
+    """Local .txt, .jsonl or .parquet files, compressed or not: a file, a directory, a glob, or a list of these."""
+    name: str | None = None
+    """Name of a data set on the Hugging Face hub such as allenai/c4, or a directory that `datasets` can load."""
+    config_name: str | None = None
+    """Configuration of the named data set, such as en."""
+    split: str = "train"
+    """Split of the named data set that is trained on."""
+    streaming: bool = False
+    """Read the named data set while training instead of downloading and tokenizing all of it first."""
+    text_field: str = "text"
+    """Field of a .jsonl or .parquet row, or of a data set, that holds the text."""
+    validation_path: str | list[str] | None = None
+    """Local files to validate on, in the forms of data.path."""
+    validation_split: str | None = None
+    """Split of the named data set to validate on, such as validation."""
+    validation_fraction: float = 0.05
+    """Share of the documents held out for validation where neither validation_path nor validation_split is given."""
+    tokenizer: str | None = None
+    """A tokenizer directory, a sentencepiece .model file, or a hub name; null trains one from the corpus."""
+    tokenizer_vocab_size: int = 4096
+    """Pieces of a tokenizer that is trained from the corpus."""
+    sequence_length: int = 256
+    """Tokens per row."""
+    packing: Literal["packed", "truncated"] = "packed"
+    """packed: documents joined with end-of-text and cut to rows, nothing is lost; truncated: one document a row, cut and
+    padded, as in the paper's runs (the cut tokens are counted and reported)."""
+    mask_documents: bool = False
+    """Keep attention of packed rows inside each document."""
+    num_processes: int | None = None
+    """Processes that tokenize; null: as many as there are processors."""
+    cache_dir: str | None = None
+    """Where tokenizers and tokenized corpora are kept; null: $LOQT_CACHE, or ~/.cache/loqt_ds."""
+    shuffle: bool = True
+    """Shuffle rows in every epoch by a permutation drawn from train.seed."""
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["adamw", "adamw8bit"] = "adamw8bit"
+    """adamw keeps moments in 32 bits, adamw8bit (bitsandbytes) in 8 bits with a scale for each block of 256."""
+    lr: float = 0.01
+    """Peak learning rate of B; .01 is the paper's, for B scaled by an alpha of about .5."""
+    lr_full_rank: float | None = None
+    """Peak learning rate of parameters trained in full (embeddings, norms, head, biases); null: optim.lr, as the paper."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay rates of Adam's first and second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    master: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the weights the optimizer updates: fp32 keeps masters beside bf16 weights (6 bytes a parameter); bf16
+    keeps none (2 bytes) and rounds stochastically."""
+    layerwise: bool = False
+    """Update every parameter inside the backward pass as soon as its gradient is there, so that gradients never exist all
+    at once. Needs one micro-batch per step and no clipping."""
+    schedule: Literal["cosine", "linear", "constant", "cosine_rewarmup"] = "cosine"
+    """Learning rate after warm-up; cosine_rewarmup also ramps from zero after each re-initialization."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up; null: optim.warmup_ratio of train.max_steps."""
+    warmup_ratio: float = 0.1
+    """Share of train.max_steps that is warm-up, where optim.warmup_steps is null."""
+    min_lr_ratio: float = 0.1
+    """Learning rate at the last step as a share of the peak."""
+    rewarmup_steps: int = 10
+    """Steps of the ramp after each re-initialization, with cosine_rewarmup."""
+
+
+@dataclass
+class TrainConfig:
+    """The loop."""
+
+    max_steps: int = 1000
+    """Optimizer steps."""
+    micro_batch_size: int = 16
+    """Rows in one forward pass of one device."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per step; a step sees micro_batch_size * this * devices rows."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Precision of computation and of trained parameters; auto: bf16 where the device computes it fast, else fp32."""
+    seed: int = 0
+    """Seeds initial weights, data order and sketches."""
+    max_grad_norm: float | None = None
+    """Gradients are scaled down to this norm where theirs is larger; null: no clipping."""
+    activation_checkpointing: bool = False
+    """Recompute each block's activations in backward: less memory, about a third more time."""
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu, cuda, or cuda:N."""
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation on held-out documents."""
+
+    every: int = 100
+    """Steps between evaluations; 0: only at the end."""
+    max_tokens: int | None = None
+    """Predicted tokens of an evaluation; null: all held-out documents."""
+    micro_batch_size: int | None = None
+    """Rows in one forward pass of evaluation; null: train.micro_batch_size."""
+    num_samples: int = 3
+    """Continuations sampled from the model at the end of the run."""
+    sample_tokens: int = 64
+    """Tokens of each continuation."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Checkpoints, and going on from one."""
+
+    every: int = 500
+    """Steps between checkpoints; one is always written at step 0 and at the end. 0: only these two."""
+    keep: int = 2
+    """Newest checkpoints that are kept; 0: all."""
+    resume: str = "none"
+    """none: a fresh run; auto: go on from the newest good checkpoint of the run directory, or start where it has none;
+    else the path of a checkpoint."""
+
+
+@dataclass
+class LoggingConfig:
+    """What is written while training."""
+
+    every: int = 1
+    """Steps between lines of metrics.jsonl."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    progress: Literal["auto", "bar", "lines", "none"] = "auto"
+    """Progress shown: a bar, plain lines, or none; auto: a bar on a terminal, lines elsewhere."""
+
+
+@dataclass
+class ExportConfig:
+    """The merged model written at the end of the run."""
+
+    format: Literal["nf4", "bf16", "none"] = "nf4"
+    """nf4: merged and quantized in bitsandbytes' format, which transformers loads; bf16: merged and dense; none: no
+    export."""
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    name: str = "default"
+    """Name of the run; a run without output_dir goes to runs/NAME-0001, -0002, ..."""
+    output_dir: str | None = None
+    """Directory of the run; null: a fresh numbered one under runs/."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loqt: LoQTConfig = field(default_factory=LoQTConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+    @property
+    def num_warmup_steps(self) -> int:
+        """Warm-up in steps: optim.warmup_steps, or optim.warmup_ratio of train.max_steps rounded to the nearest step."""
+        if self.optim.warmup_steps is not None:
+            return self.optim.warmup_steps
+        return round(self.optim.warmup_ratio * self.train.max_steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dictionary of every field, in the order of declaration."""
+        return dataclasses.asdict(self)

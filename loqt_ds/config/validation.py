@@ -1,0 +1,311 @@
+"""Refuses a configuration that cannot be honoured, before any data or weight is loaded.
+
+Three kinds of rules, each with option, value and remedy in its message:
+  ranges          one option alone (sizes, rates, shares, names);
+  contradictions  options that exclude one another;
+  inactive        an option that was changed although nothing would read it. Its default is always fine: a feature that is
+                  switched off may keep its settings' defaults, but nothing a user wrote is silently ignored.
+Only the model's JSON description is read here. What needs the model itself (rank against the smaller side, patterns,
+vocabulary) is checked where the model is described, on the meta device; data files are checked where they are opened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from loqt_ds.config.fields import Config
+from loqt_ds.config.parsing import ConfigError, check_types, field_types, find_config_file
+
+# option -> (test, what is valid)
+_positive = (lambda value: value >= 1, "at least 1")
+_not_negative = (lambda value: value >= 0, "at least 0")
+_above_zero = (lambda value: value > 0, "above 0")
+_share = (lambda value: 0 <= value <= 1, "from 0 to 1")
+
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "model.vocab_size": (lambda value: value == "auto" or value >= 2, "at least 2, auto, or null"),
+    "loqt.rank": _positive,
+    "loqt.alpha": _above_zero,
+    "loqt.interval": _positive,
+    "loqt.growth": _not_negative,
+    "loqt.max_gap": _positive,
+    "loqt.compensation_steps": _not_negative,
+    "loqt.sketch_oversampling": _not_negative,
+    "data.validation_fraction": (lambda value: 0 < value < 1, "above 0 and below 1"),
+    "data.tokenizer_vocab_size": (lambda value: value >= 300, "at least 300 (256 bytes, special pieces, and some text)"),
+    "data.sequence_length": (lambda value: value >= 2, "at least 2"),
+    "data.num_processes": _positive,
+    "optim.lr": _above_zero,
+    "optim.lr_full_rank": _above_zero,
+    "optim.eps": _above_zero,
+    "optim.weight_decay": _not_negative,
+    "optim.warmup_steps": _not_negative,
+    "optim.warmup_ratio": _share,
+    "optim.min_lr_ratio": _share,
+    "optim.rewarmup_steps": _positive,
+    "train.max_steps": _positive,
+    "train.micro_batch_size": _positive,
+    "train.gradient_accumulation_steps": _positive,
+    "train.seed": (lambda value: 0 <= value < 2**32, "from 0 to 4294967295"),
+    "train.max_grad_norm": (lambda value: value > 0, "above 0, or null for no clipping"),
+    "train.device": (lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?", value), "auto, cpu, cuda, or cuda:N"),
+    "eval.every": _not_negative,
+    "eval.max_tokens": (lambda value: value >= 1, "at least 1, or null for all held-out documents"),
+    "eval.micro_batch_size": _positive,
+    "eval.num_samples": _not_negative,
+    "eval.sample_tokens": _positive,
+    "checkpoint.every": _not_negative,
+    "checkpoint.keep": _not_negative,
+    "logging.every": _positive,
+    "name": (lambda value: re.fullmatch(r"\w[\w.+-]*", value), "letters, digits and . _ + - only; it names a directory"),
+}
+
+
+def options(config: Config) -> Iterator[tuple[str, Any, Any]]:
+    """(option as a user writes it, value, default) of every option."""
+    default = Config()
+    for name, hint in field_types(Config).items():
+        if not dataclasses.is_dataclass(hint):
+            yield name, getattr(config, name), getattr(default, name)
+            continue
+        section, section_default = getattr(config, name), getattr(default, name)
+        for inner in field_types(hint):
+            yield f"{name}.{inner}", getattr(section, inner), getattr(section_default, inner)
+
+
+def validate(config: Config) -> None:
+    """Raises ConfigError for the first option or combination that cannot be honoured. Changes nothing, loads nothing."""
+    check_types(config)
+    _check_ranges(config)
+    for check in (_check_model, _check_loqt, _check_data, _check_optim, _check_run, _check_inactive, _check_description):
+        check(config)
+
+
+def _check_ranges(config: Config) -> None:
+    for name, value, _ in options(config):
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise ConfigError(f"{name}={value} is not a finite number; give one")
+        if value in ("", []) or (isinstance(value, list) and "" in value):
+            raise ConfigError(f"{name}={value!r} is empty; give a value, or leave the option out")
+        if value is not None and name in RANGES:
+            test, valid = RANGES[name]
+            if not test(value):
+                raise ConfigError(f"{name}={value} is out of range; it must be {valid}")
+
+
+def _check_model(config: Config) -> None:
+    model = config.model
+    if model.shape is None and model.path is None:
+        raise ConfigError(
+            "model.shape=null and model.path=null: there is no model; give model.shape (a file of configs/models, such as "
+            "llama_9m) or model.path (a checkpoint directory)"
+        )
+    if model.shape is not None and model.path is not None:
+        raise ConfigError(
+            f"model.shape={model.shape} and model.path={model.path} exclude one another; set model.shape=null to start from "
+            "the checkpoint, or model.path=null to start from random weights"
+        )
+    if model.path is not None and model.vocab_size is not None:
+        raise ConfigError(
+            f"model.vocab_size={model.vocab_size} cannot change the checkpoint model.path={model.path}; set "
+            "model.vocab_size=null"
+        )
+    if model.attention == "flash_attention_2" and (config.train.device == "cpu" or config.train.dtype == "fp32"):
+        raise ConfigError(
+            f"model.attention=flash_attention_2 needs a CUDA device and bf16, but train.device={config.train.device} and "
+            f"train.dtype={config.train.dtype}; use model.attention=sdpa"
+        )
+
+
+def _check_loqt(config: Config) -> None:
+    loqt = config.loqt
+    if loqt.schedule == "exponential" and loqt.growth < 1:
+        raise ConfigError(
+            f"loqt.growth={loqt.growth} with loqt.schedule=exponential makes no gap grow; give at least 1, or use "
+            "loqt.schedule=static"
+        )
+    if loqt.max_gap is not None and loqt.max_gap < loqt.interval and loqt.schedule in ("exponential", "linear"):
+        raise ConfigError(
+            f"loqt.max_gap={loqt.max_gap} is below loqt.interval={loqt.interval}, so that every gap would be cut; use "
+            f"loqt.schedule=static with loqt.interval={loqt.max_gap}, or a loqt.max_gap of at least {loqt.interval}"
+        )
+    for letter in ("w", "p"):
+        if getattr(loqt, f"double_quant_{letter}") and getattr(loqt, f"quantize_{letter}") == "none":
+            remedy = {"both": "w" if letter == "p" else "p"}.get(loqt.double_quant, "none")
+            raise ConfigError(
+                f"loqt.double_quant={loqt.double_quant} with loqt.quantize_{letter}=none: there is no absmax of "
+                f"{letter.upper()} to quantize again; set loqt.double_quant={remedy}"
+            )
+    if isinstance(loqt.target_modules, str) and loqt.target_modules != "all-linear":
+        try:
+            re.compile(loqt.target_modules)
+        except re.error as error:
+            raise ConfigError(
+                f"loqt.target_modules={loqt.target_modules!r} is not a regular expression ({error}); give one, a list of "
+                "name suffixes such as [q_proj, v_proj], or all-linear"
+            ) from error
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    if data.path is not None and data.name is not None:
+        raise ConfigError(
+            f"data.path={data.path} and data.name={data.name} exclude one another; set data.path=null or data.name=null"
+        )
+    if data.validation_path is not None and data.validation_split is not None:
+        raise ConfigError(
+            f"data.validation_path={data.validation_path} and data.validation_split={data.validation_split} exclude one "
+            "another; set one of them to null"
+        )
+    if data.name is None:
+        for name in ("config_name", "validation_split", "streaming", "split"):
+            value, default = getattr(data, name), getattr(type(data)(), name)
+            if value != default:
+                remedy = "null" if default is None else str(default).lower()
+                raise ConfigError(
+                    f"data.{name}={value} needs a named data set, but data.name=null; set data.name, or data.{name}={remedy}"
+                )
+    elif data.validation_split == data.split:
+        raise ConfigError(
+            f"data.validation_split={data.validation_split} is data.split, which is trained on; validate on another split, or "
+            "set data.validation_split=null to hold out data.validation_fraction of it"
+        )
+    if data.mask_documents and data.packing == "truncated":
+        raise ConfigError(
+            "data.mask_documents=true with data.packing=truncated: a row holds one document, there is nothing to mask; set "
+            "data.mask_documents=false"
+        )
+    if data.mask_documents and config.model.attention != "sdpa":
+        raise ConfigError(
+            f"data.mask_documents=true needs an attention that takes a mask per row, model.attention={config.model.attention} "
+            "does not; use model.attention=sdpa"
+        )
+
+
+def _check_optim(config: Config) -> None:
+    optim, train = config.optim, config.train
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        raise ConfigError(f"optim.betas={optim.betas} is out of range; give two numbers of at least 0 and below 1")
+    if config.num_warmup_steps > train.max_steps:
+        raise ConfigError(
+            f"optim.warmup_steps={optim.warmup_steps} is more than train.max_steps={train.max_steps}; use at most "
+            f"{train.max_steps}"
+        )
+    if optim.layerwise and train.gradient_accumulation_steps > 1:
+        raise ConfigError(
+            f"optim.layerwise=true updates inside the backward pass, which with train.gradient_accumulation_steps="
+            f"{train.gradient_accumulation_steps} would be an update for every micro-batch; set "
+            "train.gradient_accumulation_steps=1 (and a larger train.micro_batch_size), or optim.layerwise=false"
+        )
+    if optim.layerwise and train.max_grad_norm is not None:
+        raise ConfigError(
+            f"optim.layerwise=true updates inside the backward pass, before the norm of all gradients is known, so that "
+            f"train.max_grad_norm={train.max_grad_norm} cannot be applied; set train.max_grad_norm=null, or "
+            "optim.layerwise=false"
+        )
+    if optim.master == "bf16" and train.dtype != "bf16":
+        raise ConfigError(
+            f"optim.master=bf16 keeps no fp32 weights, but train.dtype={train.dtype} "
+            f"{'trains in them' if train.dtype == 'fp32' else 'may choose them'}; set train.dtype=bf16, or optim.master=fp32"
+        )
+    if optim.schedule == "cosine_rewarmup":
+        loqt = config.loqt
+        if loqt.schedule == "never":
+            raise ConfigError(
+                "optim.schedule=cosine_rewarmup ramps after each re-initialization, but loqt.schedule=never has none; use "
+                "optim.schedule=cosine"
+            )
+        if optim.rewarmup_steps > loqt.interval:
+            raise ConfigError(
+                f"optim.rewarmup_steps={optim.rewarmup_steps} is more than loqt.interval={loqt.interval}: the next "
+                f"re-initialization would come before the ramp has ended; use at most {loqt.interval}"
+            )
+
+
+def _check_run(config: Config) -> None:
+    if config.output_dir is not None and os.path.isfile(config.output_dir):
+        raise ConfigError(f"output_dir={config.output_dir} is a file; give a directory")
+
+
+def _inactive_rules(config: Config) -> Iterator[tuple[bool, str, str, tuple[Any, ...]]]:
+    """(inactive?, option, why nothing reads it, values besides the default that also mean `off`)."""
+    loqt, data, optim = config.loqt, config.data, config.optim
+    never, static = loqt.schedule == "never", loqt.schedule == "static"
+    corpus = data.path is None and data.name is None
+    yield never, "loqt.interval", "with loqt.schedule=never", ()
+    yield never or static, "loqt.growth", f"with loqt.schedule={loqt.schedule}", ()
+    yield never or static, "loqt.max_gap", f"with loqt.schedule={loqt.schedule}", ()
+    yield never, "loqt.optimizer_state", "with loqt.schedule=never", ()
+    yield loqt.quantize_w == "none", "loqt.compensation_steps", "with loqt.quantize_w=none (no error to compensate)", (0,)
+    yield loqt.subspace in ("exact", "gram"), "loqt.sketch_oversampling", f"with loqt.subspace={loqt.subspace}", (0,)
+    yield optim.schedule != "cosine_rewarmup", "optim.rewarmup_steps", f"with optim.schedule={optim.schedule}", ()
+    yield optim.schedule == "constant", "optim.min_lr_ratio", "with optim.schedule=constant", (1.0,)
+    yield optim.warmup_steps is not None, "optim.warmup_ratio", f"with optim.warmup_steps={optim.warmup_steps}", ()
+    yield corpus, "data.text_field", "with the standard library's source as corpus (data.path and data.name are null)", ()
+    held_out = data.validation_path is not None or data.validation_split is not None
+    yield held_out, "data.validation_fraction", "with data.validation_path or data.validation_split", ()
+    yield data.tokenizer is not None, "data.tokenizer_vocab_size", f"with data.tokenizer={data.tokenizer}", ()
+    yield data.streaming, "data.num_processes", "with data.streaming=true (tokenized while training)", (1,)
+    yield config.eval.num_samples == 0, "eval.sample_tokens", "with eval.num_samples=0", ()
+
+
+def _check_inactive(config: Config) -> None:
+    values = {name: (value, default) for name, value, default in options(config)}
+    for inactive, name, why, off in _inactive_rules(config):
+        value, default = values[name]
+        if inactive and value != default and value not in off:
+            fine = "null" if default is None else default
+            raise ConfigError(f"{name}={value} has no effect {why}; leave it at its default, {name}={fine}")
+
+
+def describe_model(config: Config) -> tuple[Path, dict[str, Any]]:
+    """The JSON description of the model, (file, content), of model.shape or model.path; ConfigError where there is none."""
+    if config.model.path is not None:
+        folder = Path(config.model.path)
+        if not folder.is_dir():
+            raise ConfigError(f"model.path={config.model.path} is not a directory; give a transformers checkpoint directory")
+        file, option = folder / "config.json", f"model.path={config.model.path}"
+    else:
+        shape = str(config.model.shape)
+        option = f"model.shape={shape}"
+        if shape.endswith(".json"):
+            file = Path(shape)
+        else:
+            try:
+                file = find_config_file("models", shape)
+            except ConfigError as error:
+                raise ConfigError(f"{option}: {error}") from error
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{option}: {file} cannot be read ({error.strerror}); give a transformers config") from error
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise ConfigError(f"{option}: {file} is not valid JSON ({error})") from error
+    if not isinstance(content, dict) or "model_type" not in content:
+        raise ConfigError(f"{option}: {file} has no model_type; it is not a transformers config")
+    return file, content
+
+
+def _check_description(config: Config) -> None:
+    file, content = describe_model(config)
+    longest = content.get("max_position_embeddings")
+    if isinstance(longest, int) and config.data.sequence_length > longest:
+        raise ConfigError(
+            f"data.sequence_length={config.data.sequence_length} is more than max_position_embeddings={longest} of {file}; "
+            f"use at most {longest}"
+        )
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        value = content.get(name)
+        if isinstance(value, int) and value < 1:
+            raise ConfigError(f"{file}: {name}={value} is out of range; it must be at least 1")
+    hidden, heads = content.get("hidden_size"), content.get("num_attention_heads")
+    if isinstance(hidden, int) and isinstance(heads, int) and hidden % heads and content.get("head_dim") is None:
+        raise ConfigError(f"{file}: hidden_size={hidden} does not divide by num_attention_heads={heads}; change one of them")
