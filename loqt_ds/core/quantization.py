@@ -1,0 +1,230 @@
+"""Four-bit matrices as plain bytes: a float matrix  ⇄  packed codes and block scales.
+
+Idea: a matrix is flattened row by row and cut into blocks of 64 values (the last may be shorter). Each block keeps
+its largest magnitude `absmax`, and each value the index of the nearest entry of a 16-entry table:
+
+    w  ≈  absmax[i // 64] · table[code[i]]
+
+NF4 and FP4 are bitsandbytes' own codes, bit for bit (NF4: Dettmers et al., QLoRA, arXiv 2305.14314, section 3). INT4 is
+symmetric, levels −7…7 times absmax / 7. Double quantization stores the absmax values themselves in 8 bits (the
+dynamic map of bitsandbytes, blocks of 256, after their mean is taken out; QLoRA, section 3). LoQT (arXiv 2405.16528,
+section 3) keeps W and P in this form.
+
+Departures: everything is held as 1-D `uint8` tensors, scales included, because a cast of a module to bf16 (DeepSpeed
+does one) also casts float buffers, and would corrupt a float32 scale. Dequantization never tells bitsandbytes the shape
+of the matrix: bitsandbytes 0.50.2 on CPU is silently wrong where the last dimension is a multiple of 16 and not of 64
+(relative error 0.246 instead of 0.092 at (512, 1376)); as one long row it is right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from bitsandbytes import functional as bnb
+from torch import Tensor
+
+KINDS = ("nf4", "fp4", "int4", "none")
+BLOCKSIZE = 64  # values that share one absmax
+NESTED_BLOCKSIZE = 256  # absmax values that share one nested absmax
+INT4_MAX_LEVEL = 7
+
+# Values handled at once where temporaries are several times the size of the data. A multiple of BLOCKSIZE.
+_CHUNK = 1 << 20
+
+Packed = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one matrix is stored.
+
+    Raises ValueError for a kind that does not exist, for double quantization of a matrix that is not quantized, and
+    for a dense dtype that is not a float type.
+    """
+
+    kind: str = "nf4"
+    """nf4, fp4, int4, or none (the matrix is kept dense)."""
+    double_quant: bool = False
+    """Store the block scales in 8 bits too."""
+    dense_dtype: torch.dtype = torch.bfloat16
+    """What the values are kept in when `kind` is none; unused otherwise."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"quantization kind {self.kind!r} does not exist; use one of {', '.join(KINDS)}")
+        if self.kind == "none" and self.double_quant:
+            raise ValueError("double_quant=True with kind='none' has no scales to quantize; use double_quant=False")
+        if not self.dense_dtype.is_floating_point:
+            raise ValueError(f"dense_dtype={self.dense_dtype} is not a float type; use torch.bfloat16 or torch.float32")
+
+
+def packed_layout(shape: tuple[int, int], spec: QuantSpec) -> dict[str, int]:
+    """The exact number of bytes of each tensor that `quantize` returns for a matrix of this shape."""
+    num_values = shape[0] * shape[1]
+    if spec.kind == "none":
+        return {"dense": num_values * spec.dense_dtype.itemsize}
+    num_blocks = -(-num_values // BLOCKSIZE)
+    layout = {"codes": -(-num_values // 2)}
+    if not spec.double_quant:
+        return layout | {"absmax": 4 * num_blocks}
+    return layout | {"absmax": num_blocks, "nested_absmax": 4 * -(-num_blocks // NESTED_BLOCKSIZE), "nested_offset": 4}
+
+
+@torch.no_grad()
+def quantize(matrix: Tensor, spec: QuantSpec) -> Packed:
+    """Packs a matrix (m, n) of any float dtype; the arithmetic is float32.
+
+    Returns 1-D contiguous uint8 tensors on the matrix's device, with the sizes that `packed_layout` says. In "codes"
+    the even element of each pair is in the high nibble; with an odd number of values the last low nibble is padding.
+    """
+    if spec.kind == "none":
+        return {"dense": _as_bytes(matrix.detach().to(spec.dense_dtype))}
+    flat = matrix.detach().reshape(-1)
+    codes, absmax = [], []
+    # bitsandbytes works out of place: on CPU, chunks keep its temporaries below the size of a layer.
+    for chunk in flat.split(_CHUNK if flat.device.type == "cpu" else max(flat.numel(), 1)):
+        values = chunk.float()
+        chunk_codes, chunk_absmax = _int4_codes(values) if spec.kind == "int4" else _bnb_codes(values, spec.kind)
+        codes.append(chunk_codes)
+        absmax.append(chunk_absmax)
+    return {"codes": torch.cat(codes), **_pack_absmax(torch.cat(absmax), spec)}
+
+
+@torch.no_grad()
+def dequantize(
+    packed: Packed,
+    shape: tuple[int, int],
+    spec: QuantSpec,
+    *,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The matrix (m, n) that packed bytes stand for: float32 products of scale and table entry, rounded to `dtype`.
+
+    `out` (m, n), where given, is filled and returned; its own dtype then counts.
+    """
+    if out is not None:
+        assert out.shape == torch.Size(shape), (out.shape, shape)
+        if not out.is_contiguous():
+            return out.copy_(dequantize(packed, shape, spec, dtype=out.dtype))
+        dtype = out.dtype
+    if spec.kind == "none":
+        dense = _from_bytes(packed["dense"], spec.dense_dtype).view(shape)
+        return dense.to(dtype) if out is None else out.copy_(dense)
+    num_values = shape[0] * shape[1]
+    codes, absmax = packed["codes"], _unpack_absmax(packed, spec)
+    if out is None and spec.kind != "int4":
+        return _bnb_values(codes, absmax, num_values, spec.kind, dtype).view(shape)
+    result = torch.empty(shape, dtype=dtype, device=codes.device) if out is None else out
+    flat = result.view(-1)
+    for start in range(0, num_values, _CHUNK):
+        num = min(_CHUNK, num_values - start)
+        chunk_codes = codes[start // 2 : (start + num + 1) // 2]
+        chunk_absmax = absmax[start // BLOCKSIZE : -(-(start + num) // BLOCKSIZE)]
+        if spec.kind == "int4":
+            flat[start : start + num] = _int4_values(chunk_codes, chunk_absmax, num)
+        else:
+            flat[start : start + num] = _bnb_values(chunk_codes, chunk_absmax, num, spec.kind, dtype)
+    return result
+
+
+# ---- bytes ----------------------------------------------------------------------------------------------------------
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    # A one-element view of another dtype needs a dimension, hence the reshape first.
+    return tensor.detach().reshape(-1).contiguous().view(torch.uint8)
+
+
+def _from_bytes(data: Tensor, dtype: torch.dtype) -> Tensor:
+    if data.storage_offset() % dtype.itemsize or not data.is_contiguous():
+        data = data.clone(memory_format=torch.contiguous_format)  # a slice of a flat buffer may be unaligned
+    return data.view(dtype)
+
+
+# ---- scales ---------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=8)
+def _dynamic_map(device: torch.device) -> Tensor:
+    return bnb.create_dynamic_map().to(device)  # (256,) float32
+
+
+def _pack_absmax(absmax: Tensor, spec: QuantSpec) -> Packed:
+    if not spec.double_quant:
+        return {"absmax": _as_bytes(absmax)}
+    offset = absmax.mean()
+    code = _dynamic_map(absmax.device)
+    codes, state = bnb.quantize_blockwise(absmax - offset, code=code, blocksize=NESTED_BLOCKSIZE)
+    return {
+        "absmax": codes.reshape(-1).contiguous(),
+        "nested_absmax": _as_bytes(state.absmax),
+        "nested_offset": _as_bytes(offset),
+    }
+
+
+def _unpack_absmax(packed: Packed, spec: QuantSpec) -> Tensor:
+    """The block scales in float32, one dimension."""
+    if not spec.double_quant:
+        return _from_bytes(packed["absmax"], torch.float32)
+    absmax = bnb.dequantize_blockwise(
+        packed["absmax"],
+        absmax=_from_bytes(packed["nested_absmax"], torch.float32),
+        code=_dynamic_map(packed["absmax"].device),
+        blocksize=NESTED_BLOCKSIZE,
+    )
+    return absmax.add_(_from_bytes(packed["nested_offset"], torch.float32))
+
+
+# ---- NF4 and FP4, by bitsandbytes -----------------------------------------------------------------------------------
+
+
+def _bnb_codes(values: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    codes, state = bnb.quantize_4bit(values, blocksize=BLOCKSIZE, quant_type=kind)
+    return codes.reshape(-1), state.absmax
+
+
+def _bnb_values(codes: Tensor, absmax: Tensor, num_values: int, kind: str, dtype: torch.dtype) -> Tensor:
+    # The padding nibble is decoded too and cut off after: bitsandbytes compiles a function for each odd size.
+    num_even = 2 * codes.numel()
+    compute_dtype = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
+    state = bnb.QuantState(
+        absmax=absmax,
+        shape=torch.Size((1, num_even)),  # one row: immune to the CPU error described at the top
+        dtype=compute_dtype,
+        blocksize=BLOCKSIZE,
+        quant_type=kind,
+    )
+    values = bnb.dequantize_4bit(codes.reshape(-1, 1), state).view(-1)
+    return values[:num_values].to(dtype)
+
+
+# ---- INT4 -----------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=8)
+def _int4_pairs(device: torch.device) -> Tensor:
+    """(256, 2): the two values, as fractions of absmax, of each byte. Nibble 8 is zero; nibble 0 does not occur."""
+    # Fractions rather than absmax / 7, so that level 7 gives absmax itself back and re-quantizing changes nothing.
+    table = torch.arange(-8, 8, dtype=torch.float32) / INT4_MAX_LEVEL
+    byte = torch.arange(256)
+    return torch.stack([table[byte >> 4], table[byte & 15]], dim=1).to(device)
+
+
+def _int4_codes(values: Tensor) -> tuple[Tensor, Tensor]:
+    num_values = values.numel()
+    padded = torch.nn.functional.pad(values, (0, -num_values % BLOCKSIZE)).view(-1, BLOCKSIZE)
+    absmax = padded.abs().amax(dim=1)
+    safe = torch.where(absmax > 0, absmax, 1.0)
+    levels = (padded / safe[:, None]).mul_(INT4_MAX_LEVEL).round_().clamp_(-INT4_MAX_LEVEL, INT4_MAX_LEVEL)
+    nibbles = levels.add_(8).to(torch.uint8).view(-1)
+    codes = (nibbles[0::2] << 4) | nibbles[1::2]
+    return codes[: -(-num_values // 2)].contiguous(), absmax
+
+
+def _int4_values(codes: Tensor, absmax: Tensor, num_values: int) -> Tensor:
+    values = _int4_pairs(codes.device).index_select(0, codes.int()).view(-1)
+    padded = torch.nn.functional.pad(values, (0, -values.numel() % BLOCKSIZE)).view(-1, BLOCKSIZE)
+    return (padded * absmax[:, None]).view(-1)[:num_values]

@@ -1,0 +1,303 @@
+"""From the gradient of a weight, or a linear sketch of it, to the frozen low-rank factor P.
+
+Idea: P spans the directions, on the smaller side of the weight, that hold most of the gradient's energy:
+
+    P = the top r left singular vectors of A,      captured energy = ‖Pᵀ A‖² / ‖A‖²
+
+(LoQT, arXiv 2405.16528, section 3.1; the projection is GaLore's, arXiv 2403.03507.) Three ways to it: the exact SVD of
+A; the eigenvectors of A Aᵀ (k × k, formed and solved in float64, because it squares the condition number); and the SVD
+of a sketch S = A Ω, which can be summed over micro-batches and ranks without A ever existing. Ω = orth([M, N]) with M
+the first moment of the trained factor: M is an average of earlier AᵀP, so that S is one step of a power iteration that
+earlier training has already begun (Halko, Martinsson, Tropp, arXiv 0909.4061, section 4.5); N is Gaussian.
+
+Departures from the paper: it uses the exact SVD only. Directions that the gradient does not have (fewer tokens than the
+rank) are taken from the old P, then at random, instead of being whatever a decomposition of rounding errors returns.
+
+Legend (used all over the package). The weight W and its gradient G have shape (out, in).
+  side "right", in ≤ out: A = Gᵀ (in, out);  P (in, r);   B (out, r) = F;   W_eff = W_q + s · B Pᵀ
+  side "left",  in > out: A = G  (out, in);  P (out, r);  B (r, in)  = Fᵀ;  W_eff = W_q + s · P B
+"Canonical" names: A is (k, l), P is (k, r), the factor F is (l, r).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SIDES = ("auto", "left", "right")
+
+# Directions of the old P whose part outside the new one is shorter than this are rounding errors of quantization.
+_SMALLEST_RESIDUAL = 1e-2
+# A column of [M, N] is dead when this little of its length is new to the columns before it.
+_DEAD_COLUMN = 1e-4
+# Values converted to float64 at once.
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Orthonormal directions, strongest first."""
+
+    vectors: Tensor
+    """(k, numerical_rank) float32."""
+    numerical_rank: int
+    """How many directions the matrix has, at most the rank asked for."""
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A basis filled up to its rank, and where the filling came from."""
+
+    vectors: Tensor
+    """(k, rank) float32, orthonormal columns."""
+    num_from_previous: int
+    num_random: int
+
+
+def resolve_side(side: str, out_features: int, in_features: int) -> str:
+    """ "right" (P on the input side) or "left" (P on the output side). "auto" puts P on the smaller one."""
+    if side not in SIDES:
+        raise ValueError(f"side={side!r} does not exist; use one of {', '.join(SIDES)}")
+    if side != "auto":
+        return side
+    return "right" if in_features <= out_features else "left"
+
+
+def layer_seed(seed: int, step: int, name: str) -> int:
+    """A 63-bit number for one layer at one step: the same in every process, Python version and machine."""
+    digest = hashlib.blake2b(f"{seed}\n{step}\n{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+# ---- decompositions -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def exact_basis(gradient: Tensor, rank: int) -> Basis:
+    """Top singular vectors of `gradient` (k, l) by a float32 SVD. Raises LinAlgError where that fails."""
+    left, values, _ = torch.linalg.svd(gradient.detach().float(), full_matrices=False)
+    return _cut(left, values, rank, _tolerance(gradient))
+
+
+@torch.no_grad()
+def gram_basis(gradient: Tensor, rank: int) -> Basis:
+    """Top singular vectors of `gradient` (k, l) as eigenvectors of its (k, k) Gram matrix, in float64.
+
+    Raises LinAlgError where the eigendecomposition fails.
+    """
+    gradient = gradient.detach()
+    num_rows, num_columns = gradient.shape
+    gram = torch.zeros(num_rows, num_rows, dtype=torch.float64, device=gradient.device)
+    for chunk in gradient.split(max(1, _CHUNK // max(num_rows, 1)), dim=1):  # never a float64 copy of the whole
+        wide = chunk.double()
+        gram.addmm_(wide, wide.T)
+    values, vectors = torch.linalg.eigh(gram)  # ascending; eigenvectors are the COLUMNS
+    values, vectors = values.flip(0).clamp_(min=0).sqrt_(), vectors.flip(1)
+    return _cut(vectors, values[: min(num_rows, num_columns)], rank, _tolerance(gradient))
+
+
+@torch.no_grad()
+def sketch_basis(sketch: Tensor, rank: int) -> Basis:
+    """Top singular vectors of a sketch S = A Ω (k, c): QR, then the SVD of the small triangle."""
+    q, r = torch.linalg.qr(sketch.detach().float())  # (k, min(k, c)), (min(k, c), c)
+    left, values, _ = torch.linalg.svd(r, full_matrices=False)
+    tolerance = _tolerance(sketch)
+    small = _cut(left, values, rank, tolerance)
+    return Basis(q @ small.vectors, small.numerical_rank)
+
+
+_METHODS: dict[str, tuple[tuple[str, Callable[[Tensor, int], Basis]], ...]] = {
+    "exact": (("exact", exact_basis), ("gram", gram_basis)),
+    "gram": (("gram", gram_basis), ("exact", exact_basis)),
+    "sketch": (("sketch", sketch_basis), ("gram", gram_basis)),
+}
+
+
+def decompose(gradient: Tensor, rank: int, method: str) -> tuple[Basis, str]:
+    """The basis of `gradient` (k, l), or of a sketch (k, c), by `method`; where that fails, by the next one.
+
+    Returns the basis and the method that gave it. Raises LinAlgError, naming every attempt, when all fail: the caller
+    decides what that means (a training run keeps its old P).
+    """
+    if method not in _METHODS:
+        raise ValueError(f"subspace method {method!r} does not exist; use one of {', '.join(_METHODS)}")
+    failures = []
+    for name, function in _METHODS[method]:
+        try:
+            return function(gradient, rank), name
+        except torch.linalg.LinAlgError as error:
+            failures.append(f"{name}: {error}")
+    raise torch.linalg.LinAlgError(f"no decomposition of a {tuple(gradient.shape)} matrix: {'; '.join(failures)}")
+
+
+def _tolerance(matrix: Tensor) -> float:
+    # Singular values below this part of the largest are rounding errors of a float32 matrix.
+    return max(matrix.shape) * torch.finfo(torch.float32).eps
+
+
+def _cut(vectors: Tensor, values: Tensor, rank: int, tolerance: float) -> Basis:
+    """The first `rank` columns, less those whose singular value is a rounding error."""
+    largest = float(values[0]) if values.numel() else 0.0
+    # Some builds return NaN instead of raising; a NaN basis must never reach a weight.
+    if not bool(torch.isfinite(values).all()) or not bool(torch.isfinite(vectors).all()):
+        raise torch.linalg.LinAlgError("the decomposition returned values that are not finite")
+    numerical_rank = 0 if largest == 0.0 else min(rank, int((values > tolerance * largest).sum()))
+    return Basis(vectors[:, :numerical_rank].float().contiguous(), numerical_rank)
+
+
+# ---- sketches -------------------------------------------------------------------------------------------------------
+
+
+def _gaussian(num_rows: int, num_columns: int, generator: torch.Generator) -> Tensor:
+    # Always drawn on the CPU: generators of different devices give different numbers for one seed.
+    return torch.randn(num_rows, num_columns, generator=generator, dtype=torch.float32)
+
+
+def _generator(seed: int, purpose: str) -> torch.Generator:
+    """A private stream: the global one is not consumed, and different purposes are independent under one seed."""
+    return torch.Generator("cpu").manual_seed(layer_seed(seed, 0, purpose))
+
+
+@torch.no_grad()
+def test_matrix(
+    *,
+    length: int,
+    moment: Tensor | None,
+    num_gaussian: int,
+    seed: int,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Ω (length, c), orthonormal columns, c = min(length, columns of `moment` + num_gaussian).
+
+    `moment` is (length, r_m) or None. Its dead columns (zero, not finite, or dependent on earlier ones) are replaced by
+    Gaussian ones, so that the width never depends on the data. Deterministic in (seed, moment).
+    """
+    if moment is not None and moment.shape[0] != length:
+        raise ValueError(f"the moment has {moment.shape[0]} rows, the test matrix {length}; pass the canonical (l, r)")
+    num_moment = 0 if moment is None else moment.shape[1]
+    num_columns = min(length, num_moment + num_gaussian)
+    if num_columns < 1:
+        raise ValueError(f"num_gaussian={num_gaussian} without a moment gives no columns; use at least 1")
+    generator = _generator(seed, "test matrix")
+    num_moment = min(num_moment, num_columns)
+    parts = []
+    if moment is not None and num_moment:
+        parts.append(_unit_columns(moment.detach()[:, :num_moment].to(device=device, dtype=torch.float32)))
+    parts.append(_unit_columns(_gaussian(length, num_columns - num_moment, generator).to(device)))
+    columns = torch.cat(parts, dim=1)
+    q, r = torch.linalg.qr(columns)
+    for _ in range(3):
+        # QR invents a direction for a dependent column out of rounding errors, which differ between machines.
+        dead = r.diagonal().abs() < _DEAD_COLUMN
+        num_dead = int(dead.sum())
+        if not num_dead:
+            break
+        columns[:, dead] = _unit_columns(_gaussian(length, num_dead, generator).to(device))
+        q, r = torch.linalg.qr(columns)
+    return q.to(dtype)
+
+
+def _unit_columns(matrix: Tensor) -> Tensor:
+    """Columns scaled to length 1, in two steps so that tiny ones do not underflow; hopeless ones become zero."""
+    matrix = torch.nan_to_num(matrix, nan=torch.inf)
+    largest = matrix.abs().amax(dim=0, keepdim=True)
+    usable = torch.isfinite(largest) & (largest > 0)
+    scaled = torch.where(usable, matrix / torch.where(usable, largest, 1.0), 0.0)
+    return scaled / torch.where(usable, torch.linalg.vector_norm(scaled, dim=0, keepdim=True), 1.0)
+
+
+@torch.no_grad()
+def probe_matrix(*, length: int, num_probes: int = 8, seed: int, device: torch.device | str) -> Tensor:
+    """Z (length, num_probes), standard Gaussian: E‖A Z‖² = num_probes · ‖A‖², and so for Pᵀ A.
+
+    Independent of the test matrix of the same seed: probes that P was fitted to would flatter it.
+    """
+    return _gaussian(length, num_probes, _generator(seed, "probe matrix")).to(device)
+
+
+# ---- the basis of a layer -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def complete_basis(vectors: Tensor, rank: int, *, previous: Tensor | None, seed: int) -> Completed:
+    """Fills `vectors` (k, r') up to `rank` columns: from the span of `previous` (k, r), then from a seeded random one.
+
+    The directions taken from the previous basis are those that lie outside the new one most. Returns orthonormal
+    columns, the given ones first and unchanged.
+    """
+    num_rows = vectors.shape[0]
+    if rank > num_rows:
+        raise ValueError(f"rank={rank} is larger than the smaller side ({num_rows}); use a rank of at most {num_rows}")
+    result = vectors.detach().float()[:, :rank]
+    num_from_previous = num_random = 0
+    missing = rank - result.shape[1]
+    if missing and previous is not None and previous.numel():
+        residual = _project_out(previous.detach().float(), result)
+        left, values, _ = torch.linalg.svd(residual, full_matrices=False)
+        num_from_previous = min(missing, int((values > _SMALLEST_RESIDUAL).sum()))
+        result = _append(result, left[:, :num_from_previous])
+        missing -= num_from_previous
+    if missing:
+        generator = _generator(seed, "random basis")
+        result = _append(result, _gaussian(num_rows, missing, generator).to(result.device))
+        num_random = missing
+    return Completed(result.contiguous(), num_from_previous, num_random)
+
+
+def _project_out(matrix: Tensor, vectors: Tensor) -> Tensor:
+    for _ in range(2):  # twice is enough (Kahan): the first pass leaves rounding errors along `vectors`
+        matrix = matrix - vectors @ (vectors.T @ matrix)
+    return matrix
+
+
+def _append(vectors: Tensor, new: Tensor) -> Tensor:
+    q, _ = torch.linalg.qr(_project_out(new, vectors))
+    # QR enlarges what the projection left along `vectors` by the conditioning of `new`; one more pass removes it.
+    q, _ = torch.linalg.qr(_project_out(q, vectors))
+    return torch.cat([vectors, q], dim=1)
+
+
+# ---- measures and moments -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def squared_norm(matrix: Tensor) -> float:
+    """‖matrix‖² summed in float64 without a float64 copy. Synchronizes with the device."""
+    total = torch.zeros((), dtype=torch.float64, device=matrix.device)
+    if matrix.numel():
+        for chunk in matrix.detach().split(max(1, _CHUNK // max(1, matrix[0].numel()))):
+            total += chunk.double().square_().sum()
+    return float(total)
+
+
+@torch.no_grad()
+def captured_energy(gradient: Tensor, vectors: Tensor) -> float:
+    """‖Pᵀ A‖² / ‖A‖² for A (k, l), or A Z with the probes Z, and orthonormal P (k, r). Zero where A is zero."""
+    gradient = gradient.detach().float()
+    largest = float(gradient.abs().amax()) if gradient.numel() else 0.0
+    if largest == 0.0:
+        return 0.0
+    projected = vectors.detach().float().T @ (gradient / largest)  # scaled: squares of a tiny gradient underflow
+    return squared_norm(projected) * largest**2 / squared_norm(gradient)
+
+
+@torch.no_grad()
+def overlap(old_basis_hat: Tensor, new_basis_hat: Tensor) -> Tensor:
+    """O = P̂_oldᵀ P̂_new (r_old, r_new) float32."""
+    return old_basis_hat.detach().float().T @ new_basis_hat.detach().float()
+
+
+@torch.no_grad()
+def project_moments(first: Tensor, second: Tensor, overlap: Tensor) -> tuple[Tensor, Tensor]:
+    """Adam's moments of the canonical factor (l, r_old), carried to the new basis (l, r_new), float32.
+
+    M ← M O. The second moment is a mean of squares: V ← V (O ∘ O), which is exact where the gradient's entries along
+    the old directions are uncorrelated. Never negative.
+    """
+    overlap = overlap.detach().float()
+    return first.detach().float() @ overlap, (second.detach().float() @ overlap.square()).clamp_(min=0)
