@@ -67,8 +67,8 @@ __all__ = [
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """The validated configuration of a run, with absolute paths.
 
-    `path` is a YAML file or the name of a recipe in configs/recipes; None starts from the defaults alone. `overrides` are
-    `section.field=value`. Raises ConfigError (a ValueError) that names file, option, value and remedy.
+    `path` is a YAML file or the name of a recipe in configs/recipes; None starts from the defaults alone. `overrides`
+    are `section.field=value`. Raises ConfigError (a ValueError) that names file, option, value and remedy.
     """
     if path is None:
         config = Config()

@@ -1,8 +1,8 @@
 """Every option of a run: one dataclass a section, one docstring a field.
 
-The docstring under a field is its documentation: `--help` prints it with the default (see `parsing.help_text`), so that an
-option cannot exist without being explained. `Literal` types are the list of valid values; the parser refuses any other.
-Hyper-parameters that come from the paper (arXiv 2405.16528, section 4 and appendix) say so.
+The docstring under a field is its documentation: `--help` prints it with the default (see `parsing.help_text`), so that
+an option cannot exist without being explained. `Literal` types are the list of valid values; the parser refuses any
+other. Hyper-parameters that come from the paper (arXiv 2405.16528, section 4 and appendix) say so.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ class ModelConfig:
     """Which model is trained: a shape (drawn from the seed) or a checkpoint."""
 
     shape: str | None = None
-    """Name of a file in configs/models (without .json), or a path to a transformers config .json; weights are drawn from
-    train.seed. Give this or model.path."""
+    """Name of a file in configs/models (without .json), or a path to a transformers config .json; weights are drawn
+    from train.seed. Give this or model.path."""
     path: str | None = None
     """Directory of a transformers checkpoint (config.json and safetensors) whose weights training starts from."""
     vocab_size: int | Literal["auto"] | None = None
-    """Vocabulary of a model built from model.shape: null takes the shape file's, auto takes the tokenizer's size rounded up
-    to a multiple of 64."""
+    """Vocabulary of a model built from model.shape: null takes the shape file's, auto takes the tokenizer's size
+    rounded up to a multiple of 64."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers; flash_attention_2 needs its package, a CUDA device and bf16."""
 
@@ -46,7 +46,8 @@ class LoQTConfig:
     max_gap: int | None = None
     """Largest gap in steps; gaps that grow beyond it are cut to it. null: no limit."""
     compensation_steps: int = 5
-    """Iterations C of quantization-error compensation at a re-initialization; 0: W is quantized and B starts at zero."""
+    """Iterations C of quantization-error compensation at a re-initialization; 0: W is quantized and B starts at
+    zero."""
     quantize_w: Literal["nf4", "fp4", "int4", "none"] = "nf4"
     """4-bit format of the frozen weight W, in blocks of 64; none keeps W dense (the paper's LoQT-nq)."""
     quantize_p: Literal["nf4", "fp4", "int4", "none"] = "nf4"
@@ -55,12 +56,13 @@ class LoQTConfig:
     """Whose absmax is quantized again to 8 bits, in blocks of 256: of neither, of W, of P, or of both (true = both,
     false = none)."""
     subspace: Literal["auto", "exact", "gram", "sketch"] = "auto"
-    """How P is found: exact SVD of the gradient, eigenvectors of its Gram matrix, or a randomized sketch; auto takes gram
-    where the smaller side of the matrix is at most 512 and sketch above."""
+    """How P is found: exact SVD of the gradient, eigenvectors of its Gram matrix, or a randomized sketch; auto takes
+    gram where the smaller side of the matrix is at most 512 and sketch above."""
     sketch_oversampling: int = 32
     """Gaussian columns p added to the rank in a sketch."""
     optimizer_state: Literal["keep", "reset", "project"] = "keep"
-    """What a re-initialization does to Adam's moments of B: keep them, set them to zero, or project them to the new P."""
+    """What a re-initialization does to Adam's moments of B: keep them, set them to zero, or project them to the new
+    P."""
     side: Literal["auto", "left", "right"] = "auto"
     """Side of W that P sits on: right is the input, left the output, auto the smaller of the two."""
     target_modules: str | list[str] = "all-linear"
@@ -107,8 +109,8 @@ class DataConfig:
     sequence_length: int = 256
     """Tokens per row."""
     packing: Literal["packed", "truncated"] = "packed"
-    """packed: documents joined with end-of-text and cut to rows, nothing is lost; truncated: one document a row, cut and
-    padded, as in the paper's runs (the cut tokens are counted and reported)."""
+    """packed: documents joined with end-of-text and cut to rows, nothing is lost; truncated: one document a row, cut
+    and padded, as in the paper's runs (the cut tokens are counted and reported)."""
     mask_documents: bool = False
     """Keep attention of packed rows inside each document."""
     num_processes: int | None = None
@@ -128,7 +130,8 @@ class OptimConfig:
     lr: float = 0.01
     """Peak learning rate of B; .01 is the paper's, for B scaled by an alpha of about .5."""
     lr_full_rank: float | None = None
-    """Peak learning rate of parameters trained in full (embeddings, norms, head, biases); null: optim.lr, as the paper."""
+    """Peak learning rate of parameters trained in full (embeddings, norms, head, biases); null: optim.lr, as the
+    paper."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     """Decay rates of Adam's first and second moment."""
     eps: float = 1e-8
@@ -136,11 +139,11 @@ class OptimConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     master: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the weights the optimizer updates: fp32 keeps masters beside bf16 weights (6 bytes a parameter); bf16
-    keeps none (2 bytes) and rounds stochastically."""
+    """Precision of the weights the optimizer updates: fp32 keeps masters beside bf16 weights (6 bytes a parameter);
+    bf16 keeps none (2 bytes) and rounds stochastically."""
     layerwise: bool = False
-    """Update every parameter inside the backward pass as soon as its gradient is there, so that gradients never exist all
-    at once. Needs one micro-batch per step and no clipping."""
+    """Update every parameter inside the backward pass as soon as its gradient is there, so that gradients never exist
+    all at once. Needs one micro-batch per step and no clipping."""
     schedule: Literal["cosine", "linear", "constant", "cosine_rewarmup"] = "cosine"
     """Learning rate after warm-up; cosine_rewarmup also ramps from zero after each re-initialization."""
     warmup_steps: int | None = None
@@ -245,7 +248,8 @@ class Config:
 
     @property
     def num_warmup_steps(self) -> int:
-        """Warm-up in steps: optim.warmup_steps, or optim.warmup_ratio of train.max_steps rounded to the nearest step."""
+        """Warm-up in steps: optim.warmup_steps, or optim.warmup_ratio of train.max_steps rounded to the nearest
+        step."""
         if self.optim.warmup_steps is not None:
             return self.optim.warmup_steps
         return round(self.optim.warmup_ratio * self.train.max_steps)

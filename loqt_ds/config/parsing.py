@@ -1,7 +1,7 @@
 """Text to `Config` and back: YAML files, `section.field=value` overrides, strict types, `--help`.
 
-Nothing is guessed and nothing is dropped: a key that is not a field, a key written twice, and a value that is not of the
-field's type are errors that name the file (or override), the field, the value, and what would be valid.
+Nothing is guessed and nothing is dropped: a key that is not a field, a key written twice, and a value that is not of
+the field's type are errors that name the file (or override), the field, the value, and what would be valid.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import os
 import textwrap
 import types
 from collections.abc import Iterable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -48,8 +47,7 @@ class _StrictLoader(yaml.SafeLoader):
 # ---------------------------------------------------------------------------------------------------------------- types
 
 
-@cache
-def field_types(cls: type) -> dict[str, Any]:
+def field_types(cls: Any) -> dict[str, Any]:
     """Field name -> resolved type of a dataclass, in the order of declaration."""
     hints = get_type_hints(cls)
     return {item.name: hints[item.name] for item in dataclasses.fields(cls)}
@@ -109,7 +107,8 @@ def _convert_one(value: Any, hint: Any) -> Any:
 
 def convert(value: Any, hint: Any, where: str) -> Any:
     """`value` as a value of type `hint`; int is taken as float, bool never as a number; ConfigError naming `where`."""
-    # null is tried first and plain text last, so that the word none, where null is valid, means null and not a file name
+    # null is tried first and plain text last, so that the word none, where null is valid, means null and not a file
+    # name
     order = sorted(_alternatives(hint), key=lambda choice: (choice is str, choice is not type(None)))
     for choice in order:
         try:
@@ -124,7 +123,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     raise ConfigError(f"{where}={value!r} is not valid{remedy}")
 
 
-def _special(cls: type, name: str, value: Any) -> Any:
+def _special(cls: Any, name: str, value: Any) -> Any:
     """Spellings accepted besides the declared ones: a YAML boolean for double_quant, null for export.format."""
     if (cls, name) == (fields.LoQTConfig, "double_quant") and isinstance(value, bool):
         return "both" if value else "none"
@@ -140,8 +139,7 @@ def _unknown(name: str, valid: Iterable[str], where: str, source: str) -> Config
     """The error for a name that is not there: the closest one, wherever it is, and all there are."""
     valid = list(valid)
     close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
-    everywhere = {f"{option}": option.rsplit(".", 1)[-1] for option in option_names()}
-    elsewhere = [option for option, last in everywhere.items() if last == name]
+    elsewhere = [option for option in option_names() if option.rsplit(".", 1)[-1] == name]
     hint = f"did you mean `{close[0]}`? " if close else f"did you mean `{elsewhere[0]}`? " if elsewhere else ""
     return ConfigError(f"{source}: unknown key `{name}` in {where}; {hint}valid are: {', '.join(valid)}")
 
@@ -154,7 +152,7 @@ def parse_section(cls: type[Section], mapping: Mapping[str, Any] | None, *, wher
     if mapping is None:  # a section whose lines are all commented out
         mapping = {}
     if not isinstance(mapping, Mapping):
-        raise ConfigError(f"{source}: section `{where}` is {mapping!r}; give fields under it, such as `{where}: {{...}}`")
+        raise ConfigError(f"{source}: section `{where}` is {mapping!r}; give fields under it as `field: value`")
     hints = field_types(cls)
     values = {}
     for name, value in mapping.items():
@@ -165,7 +163,8 @@ def parse_section(cls: type[Section], mapping: Mapping[str, Any] | None, *, wher
 
 
 def from_dict(mapping: Mapping[str, Any] | None, *, source: str = "configuration") -> Config:
-    """A Config from a nested mapping; raises ConfigError naming `source` for unknown keys and wrong types. Not validated."""
+    """A Config from a nested mapping; raises ConfigError naming `source` for unknown keys and wrong types. Not
+    validated."""
     if mapping is None:
         mapping = {}
     if not isinstance(mapping, Mapping):
@@ -203,7 +202,8 @@ def _override_value(text: str, hint: Any, where: str) -> Any:
     try:
         value = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
-        # regular expressions such as `*.q_proj` or `[qv]_proj` are not YAML; where text is valid they are meant literally
+        # regular expressions such as `*.q_proj` or `[qv]_proj` are not YAML; where text is valid they are meant
+        # literally
         if not _accepts(hint, str):
             raise ConfigError(f"{where}={text!r} is not valid YAML; give {describe_type(hint)}") from error
         value = text
@@ -213,7 +213,8 @@ def _override_value(text: str, hint: Any, where: str) -> Any:
 
 
 def apply_overrides(config: Config, overrides: Iterable[str]) -> Config:
-    """Sets each `section.field=value` on `config` in place (values are YAML) and returns it; ConfigError on a bad one."""
+    """Sets each `section.field=value` on `config` in place (values are YAML) and returns it; ConfigError on a bad
+    one."""
     for override in overrides:
         name, equals, text = override.partition("=")
         name = name.strip().removeprefix("--")
@@ -237,7 +238,8 @@ def apply_overrides(config: Config, overrides: Iterable[str]) -> Config:
 
 
 def config_folders(kind: str) -> list[Path]:
-    """Folders searched for files of `kind` ("models" or "recipes"), the installed package first, then the repository."""
+    """Folders searched for files of `kind` ("models" or "recipes"), the installed package first, then the
+    repository."""
     package = Path(__file__).resolve().parents[1]
     return [package / "configs" / kind, package.parent / "configs" / kind]
 
@@ -263,7 +265,7 @@ def read_yaml(path: Path) -> Any:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+        raise ConfigError(f"{path}: not UTF-8 text ({error.reason}, byte {error.start}); save it as UTF-8") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from error
     except ConfigError as error:
@@ -309,8 +311,7 @@ def save_yaml(config: Config, path: str | Path) -> None:
 # ----------------------------------------------------------------------------------------------------------------- help
 
 
-@cache
-def field_docs(cls: type) -> dict[str, str]:
+def field_docs(cls: Any) -> dict[str, str]:
     """Field name -> the docstring written under it, read from the class's source."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(body, ast.ClassDef)
@@ -325,19 +326,23 @@ def field_docs(cls: type) -> dict[str, str]:
 
 def _default(item: dataclasses.Field[Any]) -> str:
     """The default of a field as it would be written in YAML."""
-    value = item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[misc]
+    value = item.default
+    if item.default_factory is not dataclasses.MISSING:
+        value = item.default_factory()
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _help_entry(name: str, item: dataclasses.Field[Any], cls: type) -> str:
+def _help_entry(name: str, item: dataclasses.Field[Any], cls: Any) -> str:
     head = f"  {name}={_default(item)}   ({describe_type(field_types(cls)[item.name])})"
-    return head + "\n" + textwrap.fill(field_docs(cls)[item.name], 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    indent = " " * 6
+    return head + "\n" + textwrap.fill(field_docs(cls)[item.name], 110, initial_indent=indent, subsequent_indent=indent)
 
 
 def help_text() -> str:
     """Every option with its default, type and meaning, for `--help`."""
     lines = ["options (section.field=value on the command line, or section: {field: value} in YAML):", ""]
-    lines += [_help_entry(item.name, item, Config) for item in dataclasses.fields(Config) if item.name in field_docs(Config)]
+    documented = field_docs(Config)  # the sections among its fields have class docstrings instead
+    lines += [_help_entry(item.name, item, Config) for item in dataclasses.fields(Config) if item.name in documented]
     for section, cls in field_types(Config).items():
         if dataclasses.is_dataclass(cls):
             lines += ["", f"{section}: {inspect.getdoc(cls)}"]

@@ -3,7 +3,8 @@
 Three kinds of rules, each with option, value and remedy in its message:
   ranges          one option alone (sizes, rates, shares, names);
   contradictions  options that exclude one another;
-  inactive        an option that was changed although nothing would read it. Its default is always fine: a feature that is
+  inactive        an option that was changed although nothing would read it. Its default is always fine: a feature that
+  is
                   switched off may keep its settings' defaults, but nothing a user wrote is silently ignored.
 Only the model's JSON description is read here. What needs the model itself (rank against the smaller side, patterns,
 vocabulary) is checked where the model is described, on the meta device; data files are checked where they are opened.
@@ -39,7 +40,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "loqt.compensation_steps": _not_negative,
     "loqt.sketch_oversampling": _not_negative,
     "data.validation_fraction": (lambda value: 0 < value < 1, "above 0 and below 1"),
-    "data.tokenizer_vocab_size": (lambda value: value >= 300, "at least 300 (256 bytes, special pieces, and some text)"),
+    "data.tokenizer_vocab_size": (lambda value: value >= 300, "at least 300 (256 bytes, special pieces, some text)"),
     "data.sequence_length": (lambda value: value >= 2, "at least 2"),
     "data.num_processes": _positive,
     "optim.lr": _above_zero,
@@ -55,7 +56,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "train.gradient_accumulation_steps": _positive,
     "train.seed": (lambda value: 0 <= value < 2**32, "from 0 to 4294967295"),
     "train.max_grad_norm": (lambda value: value > 0, "above 0, or null for no clipping"),
-    "train.device": (lambda value: re.fullmatch(r"auto|cpu|cuda(:\d+)?", value), "auto, cpu, cuda, or cuda:N"),
+    "train.device": (lambda value: bool(re.fullmatch(r"auto|cpu|cuda(:\d+)?", value)), "auto, cpu, cuda, or cuda:N"),
     "eval.every": _not_negative,
     "eval.max_tokens": (lambda value: value >= 1, "at least 1, or null for all held-out documents"),
     "eval.micro_batch_size": _positive,
@@ -64,7 +65,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "checkpoint.every": _not_negative,
     "checkpoint.keep": _not_negative,
     "logging.every": _positive,
-    "name": (lambda value: re.fullmatch(r"\w[\w.+-]*", value), "letters, digits and . _ + - only; it names a directory"),
+    "name": (lambda value: bool(re.fullmatch(r"\w[\w.+-]*", value)), "letters, digits, . _ + - (it names a directory)"),
 }
 
 
@@ -81,11 +82,17 @@ def options(config: Config) -> Iterator[tuple[str, Any, Any]]:
 
 
 def validate(config: Config) -> None:
-    """Raises ConfigError for the first option or combination that cannot be honoured. Changes nothing, loads nothing."""
+    """Raises ConfigError for the first option or combination that cannot be honoured. Changes nothing, loads
+    nothing."""
     check_types(config)
     _check_ranges(config)
-    for check in (_check_model, _check_loqt, _check_data, _check_optim, _check_run, _check_inactive, _check_description):
-        check(config)
+    _check_model(config)
+    _check_loqt(config)
+    _check_data(config)
+    _check_optim(config)
+    _check_run(config)
+    _check_inactive(config)
+    _check_description(config)
 
 
 def _check_ranges(config: Config) -> None:
@@ -105,13 +112,13 @@ def _check_model(config: Config) -> None:
     model = config.model
     if model.shape is None and model.path is None:
         raise ConfigError(
-            "model.shape=null and model.path=null: there is no model; give model.shape (a file of configs/models, such as "
-            "llama_9m) or model.path (a checkpoint directory)"
+            "model.shape=null and model.path=null: there is no model; give model.shape (a file of configs/models, such "
+            "as llama_9m) or model.path (a checkpoint directory)"
         )
     if model.shape is not None and model.path is not None:
         raise ConfigError(
-            f"model.shape={model.shape} and model.path={model.path} exclude one another; set model.shape=null to start from "
-            "the checkpoint, or model.path=null to start from random weights"
+            f"model.shape={model.shape} and model.path={model.path} exclude one another; set model.shape=null to start "
+            "from the checkpoint, or model.path=null to start from random weights"
         )
     if model.path is not None and model.vocab_size is not None:
         raise ConfigError(
@@ -120,8 +127,8 @@ def _check_model(config: Config) -> None:
         )
     if model.attention == "flash_attention_2" and (config.train.device == "cpu" or config.train.dtype == "fp32"):
         raise ConfigError(
-            f"model.attention=flash_attention_2 needs a CUDA device and bf16, but train.device={config.train.device} and "
-            f"train.dtype={config.train.dtype}; use model.attention=sdpa"
+            f"model.attention=flash_attention_2 needs a CUDA device and bf16, but train.device={config.train.device} "
+            f"and train.dtype={config.train.dtype}; use model.attention=sdpa"
         )
 
 
@@ -149,8 +156,8 @@ def _check_loqt(config: Config) -> None:
             re.compile(loqt.target_modules)
         except re.error as error:
             raise ConfigError(
-                f"loqt.target_modules={loqt.target_modules!r} is not a regular expression ({error}); give one, a list of "
-                "name suffixes such as [q_proj, v_proj], or all-linear"
+                f"loqt.target_modules={loqt.target_modules!r} is not a regular expression ({error}); give one, a list "
+                "of name suffixes such as [q_proj, v_proj], or all-linear"
             ) from error
 
 
@@ -162,8 +169,8 @@ def _check_data(config: Config) -> None:
         )
     if data.validation_path is not None and data.validation_split is not None:
         raise ConfigError(
-            f"data.validation_path={data.validation_path} and data.validation_split={data.validation_split} exclude one "
-            "another; set one of them to null"
+            f"data.validation_path={data.validation_path} and data.validation_split={data.validation_split} exclude "
+            "one another; set one of them to null"
         )
     if data.name is None:
         for name in ("config_name", "validation_split", "streaming", "split"):
@@ -171,22 +178,23 @@ def _check_data(config: Config) -> None:
             if value != default:
                 remedy = "null" if default is None else str(default).lower()
                 raise ConfigError(
-                    f"data.{name}={value} needs a named data set, but data.name=null; set data.name, or data.{name}={remedy}"
+                    f"data.{name}={value} needs a named data set, but data.name=null; set data.name, or "
+                    f"data.{name}={remedy}"
                 )
     elif data.validation_split == data.split:
         raise ConfigError(
-            f"data.validation_split={data.validation_split} is data.split, which is trained on; validate on another split, or "
-            "set data.validation_split=null to hold out data.validation_fraction of it"
+            f"data.validation_split={data.validation_split} is data.split, which is trained on; validate on another "
+            "split, or set data.validation_split=null to hold out data.validation_fraction of it"
         )
     if data.mask_documents and data.packing == "truncated":
         raise ConfigError(
-            "data.mask_documents=true with data.packing=truncated: a row holds one document, there is nothing to mask; set "
-            "data.mask_documents=false"
+            "data.mask_documents=true with data.packing=truncated: a row holds one document, there is nothing to mask; "
+            "set data.mask_documents=false"
         )
     if data.mask_documents and config.model.attention != "sdpa":
         raise ConfigError(
-            f"data.mask_documents=true needs an attention that takes a mask per row, model.attention={config.model.attention} "
-            "does not; use model.attention=sdpa"
+            "data.mask_documents=true needs an attention that takes a mask per row, "
+            f"model.attention={config.model.attention} does not; use model.attention=sdpa"
         )
 
 
@@ -207,21 +215,22 @@ def _check_optim(config: Config) -> None:
         )
     if optim.layerwise and train.max_grad_norm is not None:
         raise ConfigError(
-            f"optim.layerwise=true updates inside the backward pass, before the norm of all gradients is known, so that "
-            f"train.max_grad_norm={train.max_grad_norm} cannot be applied; set train.max_grad_norm=null, or "
+            "optim.layerwise=true updates inside the backward pass, before the norm of all gradients is known, so "
+            f"that train.max_grad_norm={train.max_grad_norm} cannot be applied; set train.max_grad_norm=null, or "
             "optim.layerwise=false"
         )
     if optim.master == "bf16" and train.dtype != "bf16":
         raise ConfigError(
             f"optim.master=bf16 keeps no fp32 weights, but train.dtype={train.dtype} "
-            f"{'trains in them' if train.dtype == 'fp32' else 'may choose them'}; set train.dtype=bf16, or optim.master=fp32"
+            f"{'trains in them' if train.dtype == 'fp32' else 'may choose them'}; set train.dtype=bf16, or "
+            "optim.master=fp32"
         )
     if optim.schedule == "cosine_rewarmup":
         loqt = config.loqt
         if loqt.schedule == "never":
             raise ConfigError(
-                "optim.schedule=cosine_rewarmup ramps after each re-initialization, but loqt.schedule=never has none; use "
-                "optim.schedule=cosine"
+                "optim.schedule=cosine_rewarmup ramps after each re-initialization, but loqt.schedule=never has none; "
+                "use optim.schedule=cosine"
             )
         if optim.rewarmup_steps > loqt.interval:
             raise ConfigError(
@@ -244,12 +253,12 @@ def _inactive_rules(config: Config) -> Iterator[tuple[bool, str, str, tuple[Any,
     yield never or static, "loqt.growth", f"with loqt.schedule={loqt.schedule}", ()
     yield never or static, "loqt.max_gap", f"with loqt.schedule={loqt.schedule}", ()
     yield never, "loqt.optimizer_state", "with loqt.schedule=never", ()
-    yield loqt.quantize_w == "none", "loqt.compensation_steps", "with loqt.quantize_w=none (no error to compensate)", (0,)
+    yield loqt.quantize_w == "none", "loqt.compensation_steps", "with loqt.quantize_w=none (no error)", (0,)
     yield loqt.subspace in ("exact", "gram"), "loqt.sketch_oversampling", f"with loqt.subspace={loqt.subspace}", (0,)
     yield optim.schedule != "cosine_rewarmup", "optim.rewarmup_steps", f"with optim.schedule={optim.schedule}", ()
     yield optim.schedule == "constant", "optim.min_lr_ratio", "with optim.schedule=constant", (1.0,)
     yield optim.warmup_steps is not None, "optim.warmup_ratio", f"with optim.warmup_steps={optim.warmup_steps}", ()
-    yield corpus, "data.text_field", "with the standard library's source as corpus (data.path and data.name are null)", ()
+    yield corpus, "data.text_field", "with the standard library as corpus (no data.path, no data.name)", ()
     held_out = data.validation_path is not None or data.validation_split is not None
     yield held_out, "data.validation_fraction", "with data.validation_path or data.validation_split", ()
     yield data.tokenizer is not None, "data.tokenizer_vocab_size", f"with data.tokenizer={data.tokenizer}", ()
@@ -267,11 +276,12 @@ def _check_inactive(config: Config) -> None:
 
 
 def describe_model(config: Config) -> tuple[Path, dict[str, Any]]:
-    """The JSON description of the model, (file, content), of model.shape or model.path; ConfigError where there is none."""
+    """The JSON description of the model, (file, content), of model.shape or model.path; ConfigError where there is
+    none."""
     if config.model.path is not None:
         folder = Path(config.model.path)
         if not folder.is_dir():
-            raise ConfigError(f"model.path={config.model.path} is not a directory; give a transformers checkpoint directory")
+            raise ConfigError(f"model.path={config.model.path} is not a directory; give a checkpoint directory")
         file, option = folder / "config.json", f"model.path={config.model.path}"
     else:
         shape = str(config.model.shape)
@@ -299,8 +309,8 @@ def _check_description(config: Config) -> None:
     longest = content.get("max_position_embeddings")
     if isinstance(longest, int) and config.data.sequence_length > longest:
         raise ConfigError(
-            f"data.sequence_length={config.data.sequence_length} is more than max_position_embeddings={longest} of {file}; "
-            f"use at most {longest}"
+            f"data.sequence_length={config.data.sequence_length} is more than max_position_embeddings={longest} of "
+            f"{file}; use at most {longest}"
         )
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
         value = content.get(name)
@@ -308,4 +318,4 @@ def _check_description(config: Config) -> None:
             raise ConfigError(f"{file}: {name}={value} is out of range; it must be at least 1")
     hidden, heads = content.get("hidden_size"), content.get("num_attention_heads")
     if isinstance(hidden, int) and isinstance(heads, int) and hidden % heads and content.get("head_dim") is None:
-        raise ConfigError(f"{file}: hidden_size={hidden} does not divide by num_attention_heads={heads}; change one of them")
+        raise ConfigError(f"{file}: hidden_size={hidden} does not divide by num_attention_heads={heads}; change one")
