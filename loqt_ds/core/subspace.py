@@ -22,6 +22,7 @@ Legend (used all over the package). The weight W and its gradient G have shape (
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -279,11 +280,13 @@ def squared_norm(matrix: Tensor) -> float:
 def captured_energy(gradient: Tensor, vectors: Tensor) -> float:
     """‖Pᵀ A‖² / ‖A‖² for A (k, l), or A Z with the probes Z, and orthonormal P (k, r). Zero where A is zero."""
     gradient = gradient.detach().float()
-    largest = float(gradient.abs().amax()) if gradient.numel() else 0.0
-    if largest == 0.0:
+    total = squared_norm(gradient)
+    if total == 0.0:
         return 0.0
-    projected = vectors.detach().float().T @ (gradient / largest)  # scaled: squares of a tiny gradient underflow
-    return squared_norm(projected) * largest**2 / squared_norm(gradient)
+    # P rather than A is scaled, so that products of a tiny gradient do not underflow, without a copy of it.
+    size = max(math.sqrt(total), 1e-30)
+    projected = (vectors.detach().float() / size).T @ gradient
+    return squared_norm(projected) * (size * size / total)
 
 
 @torch.no_grad()
