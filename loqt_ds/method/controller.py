@@ -239,20 +239,20 @@ class Controller:
     def _test_matrix(self, name: str, layer: LoQTLinear) -> Tensor:
         """Ω (l, c), the same in every micro-batch of the step."""
         moments = self.store.moments(name) if name in self._initialized else None
-        length = max(layer.B.shape[0], layer.B.shape[1]) if layer.side == "left" else layer.B.shape[0]
-        # Without a moment to start from, twice the columns make up for the missing power iteration.
-        extra = self.options.sketch_oversampling if moments is not None else layer.rank
+        num_gaussian = self.options.sketch_oversampling
+        if moments is None:
+            # Without a moment to start from, twice the columns make up for the missing power iteration.
+            num_gaussian = layer.rank + max(layer.rank, num_gaussian)
         return test_matrix(
-            length=length,
+            length=layer.factor_length,
             moment=None if moments is None else layer.canonical(moments[0]),
-            num_gaussian=extra if moments is not None else layer.rank + max(extra, self.options.sketch_oversampling),
+            num_gaussian=num_gaussian,
             seed=self._layer_seed(name),
             device=layer.B.device,
         )
 
     def _probes(self, name: str, layer: LoQTLinear) -> Tensor:
-        length = layer.B.shape[0] if layer.side == "right" else layer.B.shape[1]
-        return probe_matrix(length=length, seed=self._layer_seed(name + "/probes"), device=layer.B.device)
+        return probe_matrix(length=layer.factor_length, seed=self._layer_seed(name + "/probes"), device=layer.B.device)
 
     # ---------------------------------------------------------------- from G to P
 

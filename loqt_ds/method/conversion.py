@@ -307,9 +307,11 @@ class _CheckpointFiles:
                 f"{len(wanted)} are missing): its config.json describes another model than its files hold"
             )
         ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []]
-        ignored += [re.compile(r".*rotary_emb\.inv_freq"), re.compile(r"lm_head\.weight")] if tied is not None else [
-            re.compile(r".*rotary_emb\.inv_freq")
-        ]
+        ignored += (
+            [re.compile(r".*rotary_emb\.inv_freq"), re.compile(r"lm_head\.weight")]
+            if tied is not None
+            else [re.compile(r".*rotary_emb\.inv_freq")]
+        )
         extra = [k for k in sorted(set(self._files) - set(wanted)) if not any(p.search(k) for p in ignored)]
         if extra:
             raise ValueError(
@@ -319,7 +321,9 @@ class _CheckpointFiles:
         for name, shape in wanted.items():
             found = self._shape(name)
             if tuple(found) != tuple(shape):
-                raise ValueError(f"model.path={str(directory)!r}: {name} is {tuple(found)}, the model's is {tuple(shape)}")
+                raise ValueError(
+                    f"model.path={str(directory)!r}: {name} is {tuple(found)}, the model's is {tuple(shape)}"
+                )
 
     def _shape(self, name: str) -> list[int]:
         with safe_open(self._files[name], framework="pt") as file:

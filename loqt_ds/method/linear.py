@@ -138,6 +138,11 @@ class LoQTLinear(nn.Module):
         """(k, r): k is the side that P lives on."""
         return (self.in_features if self.side == "right" else self.out_features), self.rank
 
+    @property
+    def factor_length(self) -> int:
+        """l: the side that B lives on."""
+        return self.out_features if self.side == "right" else self.in_features
+
     def _packed(self, prefix: str, shape: tuple[int, int], spec: QuantSpec) -> Packed:
         return {key: getattr(self, f"{prefix}_{key}") for key in packed_layout(shape, spec)}
 

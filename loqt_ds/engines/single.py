@@ -1,0 +1,261 @@
+"""One device: the model, its masters and its optimizer states on one CPU or GPU.
+
+Two orders of work, one code path per parameter:
+
+- by default the update of all parameters follows the last micro-batch's backward, after clipping; in a
+  re-initialization step each layer's gradient becomes its new P inside the backward, and the merges follow the update;
+- with `optim.layerwise` each parameter is updated, and its gradient freed, inside the backward as soon as the gradient
+  is complete; a layer that is due is then re-initialized on the spot.
+
+A step whose gradient is not finite is skipped: as a whole by default, per parameter with layer-wise updates (others
+have been updated by then).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loqt_ds.checkpoint import Checkpoint, CheckpointError
+from loqt_ds.config import Config
+from loqt_ds.engines.base import StepReport
+from loqt_ds.method.controller import Controller
+from loqt_ds.method.conversion import loqt_layers
+from loqt_ds.optim import LearningRates, ParameterOptimizer, parameter_groups, read_moment, write_moment
+
+
+class _Store:
+    """B and its optimizer state, for the controller."""
+
+    def __init__(self, optimizers: dict[str, ParameterOptimizer]) -> None:
+        self._optimizers = optimizers  # by layer name
+
+    def read(self, name: str) -> Tensor:
+        return self._optimizers[name].value()
+
+    def write(self, name: str, value: Tensor) -> None:
+        self._optimizers[name].set_value(value)
+
+    def moments(self, name: str) -> tuple[Tensor, Tensor] | None:
+        state = self._optimizers[name].state
+        return (read_moment(state, 0), read_moment(state, 1)) if state else None
+
+    def set_moments(self, name: str, first: Tensor, second: Tensor) -> None:
+        state = self._optimizers[name].state
+        write_moment(state, 0, first)
+        write_moment(state, 1, second)
+
+    def reset_moments(self, name: str) -> None:
+        self._optimizers[name].reset_state()
+
+
+class SingleEngine:
+    """The `Engine` of one process and one device.
+
+    Args:
+        model: converted, on its device, in its training dtype.
+        config: the whole configuration.
+        original: (layer name) -> original weight, for the first initialization; None if there is none to be had.
+    """
+
+    rank, world_size = 0, 1
+
+    def __init__(self, model: nn.Module, config: Config, *, original: Callable[[str], Tensor] | None = None) -> None:
+        self._model, self._config = model, config
+        self.device = next(model.parameters()).device
+        self._generator = torch.Generator(self.device)
+        self._generator.manual_seed(config.train.seed)
+        self._optimizers: dict[str, ParameterOptimizer] = {}
+        self._is_factor: dict[str, bool] = {}
+        for group in parameter_groups(model, config.optim):
+            for name, parameter in group.parameters.items():
+                self._optimizers[name] = ParameterOptimizer(
+                    parameter, config.optim, weight_decay=group.weight_decay, generator=self._generator
+                )
+                self._is_factor[name] = group.is_factor
+        layers = loqt_layers(model)
+        store = _Store({name: self._optimizers[f"{name}.B"] for name in layers})
+        self.controller = Controller(layers, config.loqt, store, original=original, seed=config.train.seed)
+        self._rates = LearningRates(config, self.controller.schedule)
+        self._step, self._micro_batch, self._open = 0, 0, False
+        self._squared_norm = 0.0  # of the gradients of this step, with layer-wise updates
+        self._num_updates, self._num_skipped_updates = 0, 0  # of this step, with layer-wise updates
+        self._add_hooks()
+
+    @property
+    def network(self) -> nn.Module:
+        return self._model
+
+    @property
+    def step_index(self) -> int:
+        return self._step
+
+    # ---------------------------------------------------------------- one micro-batch
+
+    def __call__(self, **inputs: Any) -> Any:
+        if self._model.training and torch.is_grad_enabled():
+            self._begin()
+        return self._model(**inputs)
+
+    def _begin(self) -> None:
+        """Opens the step, or its next micro-batch."""
+        if not self._open:
+            self.controller.begin_step(self._step, self._config.train.gradient_accumulation_steps)
+            self._squared_norm, self._num_updates, self._num_skipped_updates, self._open = 0.0, 0, 0, True
+        self.controller.begin_micro_batch(self._micro_batch)
+
+    def backward(self, loss: Tensor) -> None:
+        (loss / self._config.train.gradient_accumulation_steps).backward()
+
+    def step(self) -> StepReport | None:
+        self._micro_batch += 1
+        if self._micro_batch < self._config.train.gradient_accumulation_steps:
+            return None
+        lr, lr_full_rank = self._rates.at(self._step)
+        if self._config.optim.layerwise:
+            applied, norm = self._num_skipped_updates == 0, math.sqrt(self._squared_norm)
+            reinit = self.controller.end_step(self._num_updates > 0)
+        else:
+            applied, norm = self._update(lr, lr_full_rank)
+            reinit = self.controller.end_step(applied)
+        report = StepReport(self._step, applied, norm, lr, lr_full_rank, reinit)
+        self._step, self._micro_batch, self._open = self._step + 1, 0, False
+        return report
+
+    def _update(self, lr: float, lr_full_rank: float) -> tuple[bool, float]:
+        """Clips and updates everything; skips all of it where the gradient is not finite."""
+        live = [name for name, item in self._optimizers.items() if item.parameter.grad is not None]
+        gradients = [g for name in live if (g := self._optimizers[name].parameter.grad) is not None]
+        # float32: the norm of bf16 gradients in bf16 has three digits.
+        norm = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]).norm()
+        value = norm.item()  # a host-device synchronization: the one of an ordinary step
+        if not math.isfinite(value):
+            for name in live:
+                self._optimizers[name].parameter.grad = None
+            return False, value
+        limit = self._config.train.max_grad_norm
+        if limit is not None:
+            parameters = [self._optimizers[name].parameter for name in live]
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        for name in live:
+            self._optimizers[name].step(lr if self._is_factor[name] else lr_full_rank)
+        return True, value
+
+    # ---------------------------------------------------------------- inside the backward
+
+    def _add_hooks(self) -> None:
+        """Hooks run when a parameter's gradient of one backward is complete, shared uses included."""
+        for name, optimizer in self._optimizers.items():
+            layer = name.removesuffix(".B") if self._is_factor[name] else None
+            if self._config.optim.layerwise:
+                optimizer.parameter.register_post_accumulate_grad_hook(self._layerwise_hook(name, optimizer, layer))
+            elif layer is not None:
+                optimizer.parameter.register_post_accumulate_grad_hook(self._complete_hook(layer))
+
+    def _complete_hook(self, layer: str) -> Callable[[Tensor], None]:
+        def hook(_: Tensor) -> None:
+            if self._open and self.controller.in_last_micro_batch:
+                self.controller.gradient_complete(layer)
+
+        return hook
+
+    def _layerwise_hook(self, name: str, optimizer: ParameterOptimizer, layer: str | None) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            if not self._open:
+                return
+            assert parameter.grad is not None
+            squared = parameter.grad.float().pow(2).sum().item()  # a synchronization, the price of skipping safely
+            self._squared_norm += squared
+            if not math.isfinite(squared):
+                parameter.grad = None
+                self._num_skipped_updates += 1
+                return  # a layer stays as it is; the controller reports it when the step ends
+            optimizer.step(self._rates.at(self._step)[0 if self._is_factor[name] else 1])
+            self._num_updates += 1
+            parameter.grad = None
+            if layer is not None:
+                self.controller.gradient_complete(layer)
+                self.controller.apply(layer)
+
+        return hook
+
+    # ---------------------------------------------------------------- saving
+
+    def saved_tensors(self) -> dict[str, dict[str, Tensor]]:
+        assert not self._open, "a checkpoint is taken between steps"
+        model = {name: p.detach() for name, p in self._model.named_parameters()}
+        model |= persistent_buffers(self._model)
+        optimizer = {
+            f"{key}.{name}": tensor for name, item in self._optimizers.items() for key, tensor in item.saved().items()
+        }
+        random = {"torch": torch.get_rng_state(), "rounding": self._generator.get_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {"model": model, "optimizer": optimizer, "random": random}
+
+    def saved_state(self) -> dict[str, Any]:
+        return {
+            "engine": "single",
+            "step": self._step,
+            "controller": self.controller.state_dict(),
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.metadata["engine_state"]
+        if state["engine"] != "single":
+            raise CheckpointError(
+                f"checkpoint.resume: {checkpoint.path} was written by the {state['engine']} engine; "
+                "go on with the command that began the run"
+            )
+        load_model(self._model, checkpoint)
+        saved: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in checkpoint.tensors("optimizer").items():
+            kind, _, name = key.partition(".")
+            saved.setdefault(name, {})[kind] = tensor
+        for name, optimizer in self._optimizers.items():
+            optimizer.restore(saved.get(name, {}))
+        random = checkpoint.tensors("random")
+        torch.set_rng_state(random["torch"])
+        self._generator.set_state(random["rounding"])
+        if "cuda" in random and self.device.type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"], self.device)
+        self._step = int(state["step"])
+        self.controller.load_state_dict(state["controller"])
+
+    def factors(self) -> dict[str, Tensor]:
+        return {
+            name: layer.canonical(self._optimizers[f"{name}.B"].value())
+            for name, layer in self.controller.layers.items()
+        }
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to a model's state (not, say, rotary tables)."""
+    names = set(model.state_dict(keep_vars=True))
+    return {name: buffer.detach() for name, buffer in model.named_buffers() if name in names}
+
+
+@torch.no_grad()
+def load_model(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Copies parameters and persistent buffers from a checkpoint into a model of the same shape.
+
+    Raises CheckpointError, naming the first tensor that does not fit, if the checkpoint is of another model.
+    """
+    tensors = checkpoint.tensors("model")
+    wanted: dict[str, Tensor] = dict(model.named_parameters()) | persistent_buffers(model)
+    if set(tensors) != set(wanted):
+        odd = sorted(set(tensors) ^ set(wanted))[0]
+        where = "the checkpoint only" if odd in tensors else "the model only"
+        raise CheckpointError(f"{checkpoint.path} belongs to another model: {odd} is in {where}")
+    for name, target in wanted.items():
+        source = tensors[name]
+        if source.shape != target.shape or source.dtype != target.dtype:
+            raise CheckpointError(
+                f"{checkpoint.path} belongs to another model: {name} is {tuple(source.shape)} {source.dtype}, "
+                f"the model's is {tuple(target.shape)} {target.dtype}"
+            )
+        target.data.copy_(source)
