@@ -51,7 +51,7 @@ def compensate(
     """Quantizes `weight` (out, in) float32 under `spec`, with `iterations` rounds of compensation by P̂ (k, r) float32.
 
     The input is not changed. One temporary of the weight's size is held. Without quantization, or with no iterations,
-    the factor is zero. Raises ValueError for a scale of zero, and for a weight that is not finite.
+    the factor is zero. Raises ValueError for a scale that is not positive, and for a weight that is not finite.
     """
     _check_scale(scale)
     weight, basis_hat = weight.detach().float(), basis_hat.detach().float()
@@ -97,7 +97,7 @@ def merge(weight_q: Tensor, basis_hat: Tensor, factor: Tensor, *, side: str, sca
 def solve_factor(residual: Tensor, basis_hat: Tensor, *, side: str, scale: float) -> Tensor:
     """The canonical factor (l, r) float32 that minimizes ‖residual − s · (P̂, B product)‖_F, residual (out, in).
 
-    Where P̂ has dependent columns, the smallest such factor. Raises ValueError for a scale of zero.
+    Where P̂ has dependent columns, the smallest such factor. Raises ValueError for a scale that is not positive.
     """
     _check_scale(scale)
     basis_hat = basis_hat.detach().float()
@@ -132,8 +132,8 @@ class _GramSolver:
 
 
 def _check_scale(scale: float) -> None:
-    if scale == 0 or not math.isfinite(scale):
-        raise ValueError(f"loqt.alpha={scale} leaves the low-rank factor without effect; use a finite value above 0")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"loqt.alpha={scale} cannot scale the low-rank factor; use a finite value above 0")
 
 
 def _add_product(matrix: Tensor, basis_hat: Tensor, factor: Tensor, *, side: str, scale: float) -> Tensor:
