@@ -78,7 +78,7 @@ class LearningRates:
         self._schedule = LRSchedule(
             kind=optim.schedule,
             max_steps=config.train.max_steps,
-            warmup_steps=config.num_warmup_steps(),
+            warmup_steps=config.num_warmup_steps,
             min_ratio=optim.min_lr_ratio,
             rewarmup_steps=optim.rewarmup_steps,
             reinit=reinit,

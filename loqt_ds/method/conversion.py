@@ -1,4 +1,4 @@
-"""From a model with `nn.Linear` to one with `LoQTLinear`: in place, or without ever holding the model in full precision.
+"""From a model with `nn.Linear` to one with `LoQTLinear`, in place or without ever holding it in full precision.
 
 Three ways in:
 
