@@ -246,6 +246,7 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
 
+    @property
     def num_warmup_steps(self) -> int:
         """Warm-up in steps: optim.warmup_steps, or optim.warmup_ratio of train.max_steps rounded to the nearest
         step."""

@@ -202,7 +202,7 @@ def _check_optim(config: Config) -> None:
     optim, train = config.optim, config.train
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
         raise ConfigError(f"optim.betas={optim.betas} is out of range; give two numbers of at least 0 and below 1")
-    if config.num_warmup_steps() > train.max_steps:
+    if config.num_warmup_steps > train.max_steps:
         raise ConfigError(
             f"optim.warmup_steps={optim.warmup_steps} is more than train.max_steps={train.max_steps}; use at most "
             f"{train.max_steps}"
