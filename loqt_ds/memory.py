@@ -15,12 +15,11 @@ hidden, a attention width (heads * head size), i intermediate:
     other linear     e in                  its input, once for those that share it
 
 For a Llama in bf16 with square attention this is the 20 h + 8 i + 12 r of ARCHITECTURE.md's layer. Activation
-checkpointing keeps one input of e h per token and layer, and the above for one layer at a time. The logits: bf16
-values, a float32 copy, the log-softmax and its gradient, (e + 12) bytes a token and vocabulary entry in fp32
-computation of the loss.
+checkpointing keeps one input of e h per token and layer, and the above for one layer at a time. The logits:
+log-softmax, its gradient and that of the logits in float32, 12 bytes a token and vocabulary entry.
 
 Re-initialization (ARCHITECTURE.md): while the micro-batches of a step run, a gradient (exact, gram) or a sketch for
-each layer, 4 bytes an entry; with one micro-batch a step only one layer's at a time. Then one layer's float32
+each layer, 4 or e bytes an entry; with one micro-batch a step only one layer's at a time. Then one layer's float32
 workspace. The total is the largest of the phases of a step, on top of what stays.
 """
 
@@ -263,10 +262,10 @@ def activation_bytes(config: Config, model: nn.Module, description: Any, dtype: 
     return int(tokens * (kept + norm + e * hidden)), int(tokens * tapped)  # with the final norm and the head's input
 
 
-def logits_bytes(config: Config, vocab_size: int, dtype: torch.dtype) -> int:
-    """Logits, their float32 copy, the log-softmax and its gradient, at the start of the backward."""
-    tokens = config.train.micro_batch_size * config.data.sequence_length
-    return tokens * vocab_size * (12 + (dtype.itemsize if dtype.itemsize != 4 else 0))
+def logits_bytes(config: Config, vocab_size: int) -> int:
+    """The log-softmax, its gradient and that of the logits, float32, at the start of the backward (the forward's peak, the
+    logits, their float32 copy and the log-softmax, is smaller)."""
+    return 12 * config.train.micro_batch_size * config.data.sequence_length * vocab_size
 
 
 def _update_bytes(parameters: Sequence[nn.Parameter], config: Config) -> int:
@@ -310,7 +309,7 @@ def plan(config: Config, *, vocab_size: int | None = None) -> MemoryPlan:
         "gradients": max(sizes.values()) if config.optim.layerwise else sum(sizes.values()),
         "activations": activations,
         "tapped_inputs": tapped,
-        "logits": logits_bytes(config, int(description.vocab_size), dtype),
+        "logits": logits_bytes(config, int(description.vocab_size)),
         "dequantized": max(dtype.itemsize * (prod(item.weight_shape) + prod(item.basis_shape)) for item in layers),
         "update_workspace": _update_bytes(list(trained.values()), config),
         "reinit_gathered": max(gathered) if one_at_a_time else sum(gathered),

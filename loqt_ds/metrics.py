@@ -103,7 +103,8 @@ class MetricsLogger:
     Args:
         run_dir: directory of the run; None: show progress only.
         max_steps: steps of the whole run, for progress and the time left.
-        every: steps between lines of metrics.jsonl; the first and the last step are always written.
+        every: steps between lines of metrics.jsonl; the first and the last step, and those whose loss or gradient is not
+            finite, are always written.
         progress: "bar", "lines", "none", or "auto" (a bar on a terminal, lines elsewhere).
         is_main: whether this rank writes and shows anything.
         resumed_step: number of steps already done where a run goes on; None for a fresh run.
@@ -124,7 +125,7 @@ class MetricsLogger:
         self.max_steps, self.every, self.is_main = max_steps, every, is_main
         self._start, self._done = resumed_step or 0, resumed_step or 0
         self._started: float | None = None
-        self._lines_every = -(-max_steps // NUM_LINES)  # rounded up
+        self._lines_every, self._next_line = -(-max_steps // NUM_LINES), 0  # rounded up
         self._file: IO[str] | None = None
         self._board: Any = None
         self._bar: tqdm[Any] | None = None
@@ -144,8 +145,9 @@ class MetricsLogger:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and only the main rank needs it
 
             with self._named(run_dir / "tensorboard"):
-                # events at and after purge_step, from before the stop, are hidden; steps are numbered from 0
-                self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step, flush_secs=10)
+                # events at and after purge_step, written before the stop, are hidden
+                purge_step = None if resumed_step is None else resumed_step + 1
+                self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step, flush_secs=10)
         if resumed_step is not None:
             self._write({"event": "resume", "step": resumed_step} | ({"bytes_repaired": removed} if removed else {}))
 
@@ -188,16 +190,19 @@ class MetricsLogger:
                     self._board.add_scalar(tag, value, step)
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """A finished training step: `step` (0-based), `loss`, `lr`, `tokens`, `tokens_per_second`, `peak_memory_gib`,
-        `grad_norm` and whatever else there is to record."""
+        """A finished training step: `step` (steps done, so the first is 1), `loss`, `lr`, `tokens`, `tokens_per_second`,
+        `peak_memory_gib`, `grad_norm` and whatever else there is to record."""
         if not self.is_main:
             return
         step = int(record["step"])
         now = time.monotonic()
-        if self._started is None:  # of the first step's end: its compilation and first touch would spoil the time left
+        first = self._started is None
+        if first:  # counted from the first step's end: its compilation and first touch would spoil the time left
             self._started, self._start = now, step
-        self._done = step + 1
-        if step % self.every == 0 or self._done >= self.max_steps:
+        self._done = step
+        # what went wrong is never thinned out
+        sound = all(math.isfinite(float(record[key])) for key in ("loss", "grad_norm") if record.get(key) is not None)
+        if first or step % self.every == 0 or step >= self.max_steps or not sound:
             self._write(record)
             self._plot(record, "train", step)
         self._show(record, step, now)
@@ -210,12 +215,12 @@ class MetricsLogger:
             parts += [f"{texts.get('tokens_per_second', '-')} tok/s"]
             self._bar.set_postfix_str(", ".join(parts), refresh=False)
             self._bar.update(self._done - self._bar.n)
-        if self._lines and (step == self._start or step % self._lines_every == 0 or self._done >= self.max_steps):
-            done_since = step - self._start
-            pace = (now - (self._started or now)) / done_since if done_since > 0 else math.inf
-            left = format_duration(pace * (self.max_steps - self._done)) if self._done < self.max_steps else "00:00"
+        if self._lines and (step >= self._next_line or step >= self.max_steps):
+            self._next_line = step - step % self._lines_every + self._lines_every
+            pace = (now - (self._started or now)) / (step - self._start) if step > self._start else math.inf
+            left = format_duration(pace * (self.max_steps - step)) if step < self.max_steps else "00:00"
             print(
-                f"step {self._done}/{self.max_steps}  loss {texts.get('loss', '-')}  lr {texts.get('lr', '-')}  "
+                f"step {step}/{self.max_steps}  loss {texts.get('loss', '-')}  lr {texts.get('lr', '-')}  "
                 f"{texts.get('tokens_per_second', '-')} tokens/s  {left} left",
                 flush=True,
             )
@@ -228,7 +233,7 @@ class MetricsLogger:
         if not self.is_main:
             return
         record = dict(record or {})
-        step = int(record.pop("step", max(self._done - 1, 0)))
+        step = int(record.pop("step", self._done))
         self._write({"event": kind, "step": step, **record})
         self._plot(record, kind, step)
 

@@ -199,7 +199,7 @@ class CheckpointConfig:
     """Checkpoints, and going on from one."""
 
     every: int = 500
-    """Steps between checkpoints; one is always written at step 0 and at the end. 0: only these two."""
+    """Steps between checkpoints; one is always written at step 0 and at the end."""
     keep: int = 2
     """Newest checkpoints that are kept; 0: all."""
     resume: str = "none"

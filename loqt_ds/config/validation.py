@@ -62,7 +62,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eval.micro_batch_size": _positive,
     "eval.num_samples": _not_negative,
     "eval.sample_tokens": _positive,
-    "checkpoint.every": _not_negative,
+    "checkpoint.every": _positive,
     "checkpoint.keep": _not_negative,
     "logging.every": _positive,
     "name": (lambda value: bool(re.fullmatch(r"\w[\w.+-]*", value)), "letters, digits, . _ + - (it names a directory)"),
