@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from loqt_ds.checkpoint import Checkpoint, CheckpointError
 from loqt_ds.config import Config
 from loqt_ds.engines.base import StepReport
+from loqt_ds.engines.state import load_model, model_tensors, random_tensors, restore_random
 from loqt_ds.method.controller import Controller
 from loqt_ds.method.conversion import loqt_layers
 from loqt_ds.optim import LearningRates, ParameterOptimizer, parameter_groups, read_moment, write_moment
@@ -187,15 +188,11 @@ class SingleEngine:
 
     def saved_tensors(self) -> dict[str, dict[str, Tensor]]:
         assert not self._open, "a checkpoint is taken between steps"
-        model = {name: p.detach() for name, p in self._model.named_parameters()}
-        model |= persistent_buffers(self._model)
         optimizer = {
             f"{key}.{name}": tensor for name, item in self._optimizers.items() for key, tensor in item.saved().items()
         }
-        random = {"torch": torch.get_rng_state(), "rounding": self._generator.get_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
-        return {"model": model, "optimizer": optimizer, "random": random}
+        random = random_tensors(self.device) | {"rounding": self._generator.get_state()}
+        return {"model": model_tensors(self._model), "optimizer": optimizer, "random": random}
 
     def saved_state(self) -> dict[str, Any]:
         return {
@@ -219,10 +216,8 @@ class SingleEngine:
         for name, optimizer in self._optimizers.items():
             optimizer.restore(saved.get(name, {}))
         random = checkpoint.tensors("random")
-        torch.set_rng_state(random["torch"])
+        restore_random(random, self.device)
         self._generator.set_state(random["rounding"])
-        if "cuda" in random and self.device.type == "cuda":
-            torch.cuda.set_rng_state(random["cuda"], self.device)
         self._step = int(state["step"])
         self.controller.load_state_dict(state["controller"])
 
@@ -231,31 +226,3 @@ class SingleEngine:
             name: layer.canonical(self._optimizers[f"{name}.B"].value())
             for name, layer in self.controller.layers.items()
         }
-
-
-def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that belong to a model's state (not, say, rotary tables)."""
-    names = set(model.state_dict(keep_vars=True))
-    return {name: buffer.detach() for name, buffer in model.named_buffers() if name in names}
-
-
-@torch.no_grad()
-def load_model(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Copies parameters and persistent buffers from a checkpoint into a model of the same shape.
-
-    Raises CheckpointError, naming the first tensor that does not fit, if the checkpoint is of another model.
-    """
-    tensors = checkpoint.tensors("model")
-    wanted: dict[str, Tensor] = dict(model.named_parameters()) | persistent_buffers(model)
-    if set(tensors) != set(wanted):
-        odd = sorted(set(tensors) ^ set(wanted))[0]
-        where = "the checkpoint only" if odd in tensors else "the model only"
-        raise CheckpointError(f"{checkpoint.path} belongs to another model: {odd} is in {where}")
-    for name, target in wanted.items():
-        source = tensors[name]
-        if source.shape != target.shape or source.dtype != target.dtype:
-            raise CheckpointError(
-                f"{checkpoint.path} belongs to another model: {name} is {tuple(source.shape)} {source.dtype}, "
-                f"the model's is {tuple(target.shape)} {target.dtype}"
-            )
-        target.data.copy_(source)

@@ -34,7 +34,7 @@ from loqt_ds.core.compensation import compensate
 from loqt_ds.core.quantization import Packed, dequantize, quantize
 from loqt_ds.core.schedules import ReinitSchedule
 from loqt_ds.core.subspace import (
-    Basis,
+    Completed,
     captured_energy,
     complete_basis,
     decompose,
@@ -42,7 +42,6 @@ from loqt_ds.core.subspace import (
     overlap,
     probe_matrix,
     project_moments,
-    sketch_basis,
     test_matrix,
 )
 from loqt_ds.method.linear import LoQTLinear
@@ -275,9 +274,9 @@ class Controller:
         self, name: str, layer: LoQTLinear, gathered: _Accumulated | None, report: LayerReport
     ) -> Packed | None:
         """P (k, r), packed; None where the layer keeps the one it has."""
-        k = layer.basis_shape[0]
         first = name not in self._initialized
-        basis: Basis | None = None
+        seed = self._layer_seed(name + "/basis")
+        full: Completed | None = None
         if gathered is None:
             report.kept = "no gradient reached the layer"
         elif not torch.isfinite(gathered.total).all():
@@ -286,28 +285,23 @@ class Controller:
             report.kept = "the gradient is zero"
         else:
             try:
-                basis, report.method = self._decompose(layer, gathered.total)
+                basis, report.method = decompose(gathered.total, layer.rank, self.method(layer))
+                previous = None if first else layer.basis_hat()
+                full = complete_basis(basis.vectors, layer.rank, previous=previous, seed=seed)
             except torch.linalg.LinAlgError as error:
                 report.kept = f"the decomposition failed: {error}"
-        if basis is None:
+            else:
+                probed = gathered.total if gathered.probes is None else gathered.probes
+                report.captured_energy = captured_energy(probed, full.vectors)
+        if full is None:
             if not first:
                 return None
             # A layer without any P would learn nothing until the next time: it starts from a random basis.
             report.method, report.kept = f"random ({report.kept})", None
-            basis = Basis(torch.zeros(k, 0, device=layer.B.device), 0)
-        previous = None if first else layer.basis_hat()
-        full = complete_basis(basis.vectors, layer.rank, previous=previous, seed=self._layer_seed(name + "/basis"))
+            nothing = torch.zeros(layer.basis_shape[0], 0, device=layer.B.device)
+            full = complete_basis(nothing, layer.rank, previous=None, seed=seed)
         report.num_from_previous, report.num_random = full.num_from_previous, full.num_random
-        if gathered is not None and not report.method.startswith("random"):
-            probed = gathered.total if gathered.probes is None else gathered.probes
-            report.captured_energy = captured_energy(probed, full.vectors)
         return quantize(full.vectors, layer.spec_p)
-
-    def _decompose(self, layer: LoQTLinear, total: Tensor) -> tuple[Basis, str]:
-        method = self.method(layer)
-        if method == "sketch":
-            return sketch_basis(total, layer.rank), method
-        return decompose(total, layer.rank, method)
 
     # ---------------------------------------------------------------- from P to W, B
 

@@ -1,0 +1,80 @@
+"""The loss of a batch and the loss over held-out documents, defined once for training, evaluation and export.
+
+Perplexity here is exp(summed negative log-likelihood / number of predicted tokens). (The family of repositories this
+method comes from divides by one batch too many, which flatters it; ALGORITHM.md, "Results to stand beside".)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+IGNORED = -100
+
+
+def model_inputs(batch: dict[str, Tensor], device: torch.device) -> tuple[dict[str, Any], Tensor]:
+    """(arguments of the model's forward, targets (b, s)) of a batch of the data room, moved to the device."""
+    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    targets = moved.pop("targets")
+    return moved | {"use_cache": False}, targets
+
+
+def num_predicted(batch: dict[str, Tensor]) -> int:
+    """How many tokens of a batch are predicted."""
+    return int((batch["targets"] != IGNORED).sum())
+
+
+def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood in nats, summed over predicted tokens; logits (b, s, v) are taken to float32."""
+    return nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """loss: nats per predicted token. num_tokens: predicted tokens."""
+
+    loss: float
+    num_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    def record(self) -> dict[str, Any]:
+        return {"loss": self.loss, "perplexity": self.perplexity, "num_tokens": self.num_tokens}
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[dict[str, Tensor]],
+    device: torch.device,
+    *,
+    tick: Callable[[], None] | None = None,
+) -> Evaluation:
+    """Loss per predicted token over all batches, in evaluation mode; the mode before is restored.
+
+    `tick` is called after each batch, for progress.
+    """
+    was_training = model.training
+    model.eval()
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    try:
+        for batch in batches:
+            inputs, targets = model_inputs(batch, device)
+            total += summed_loss(model(**inputs).logits, targets).double().cpu()
+            count += num_predicted(batch)
+            if tick is not None:
+                tick()
+    finally:
+        model.train(was_training)
+    if count == 0:
+        raise ValueError("there is no token to evaluate on; give more validation text (data.validation_fraction)")
+    return Evaluation(float(total) / count, count)
