@@ -263,8 +263,8 @@ def activation_bytes(config: Config, model: nn.Module, description: Any, dtype: 
 
 
 def logits_bytes(config: Config, vocab_size: int) -> int:
-    """The log-softmax, its gradient and that of the logits, float32, at the start of the backward (the forward's peak, the
-    logits, their float32 copy and the log-softmax, is smaller)."""
+    """The log-softmax, its gradient and that of the logits, float32, at the start of the backward (the forward's peak,
+    the logits, their float32 copy and the log-softmax, is smaller)."""
     return 12 * config.train.micro_batch_size * config.data.sequence_length * vocab_size
 
 

@@ -103,7 +103,8 @@ class MetricsLogger:
     Args:
         run_dir: directory of the run; None: show progress only.
         max_steps: steps of the whole run, for progress and the time left.
-        every: steps between lines of metrics.jsonl; the first and the last step, and those whose loss or gradient is not
+        every: steps between lines of metrics.jsonl; the first and the last step, and those whose loss or gradient is
+        not
             finite, are always written.
         progress: "bar", "lines", "none", or "auto" (a bar on a terminal, lines elsewhere).
         is_main: whether this rank writes and shows anything.
@@ -190,8 +191,8 @@ class MetricsLogger:
                     self._board.add_scalar(tag, value, step)
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """A finished training step: `step` (steps done, so the first is 1), `loss`, `lr`, `tokens`, `tokens_per_second`,
-        `peak_memory_gib`, `grad_norm` and whatever else there is to record."""
+        """A finished training step: `step` (steps done, so the first is 1), `loss`, `lr`, `tokens`,
+        `tokens_per_second`, `peak_memory_gib`, `grad_norm` and whatever else there is to record."""
         if not self.is_main:
             return
         step = int(record["step"])

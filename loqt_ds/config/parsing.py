@@ -140,7 +140,7 @@ def _unknown(name: str, valid: Iterable[str], where: str, source: str) -> Config
     valid = list(valid)
     close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
     elsewhere = [option for option in option_names() if option.rsplit(".", 1)[-1] == name]
-    hint = f"did you mean `{close[0]}`? " if close else f"did you mean `{elsewhere[0]}`? " if elsewhere else ""
+    hint = f"did you mean `{(elsewhere or close)[0]}`? " if elsewhere or close else ""
     return ConfigError(f"{source}: unknown key `{name}` in {where}; {hint}valid are: {', '.join(valid)}")
 
 
@@ -207,7 +207,7 @@ def _override_value(text: str, hint: Any, where: str) -> Any:
         if not _accepts(hint, str):
             raise ConfigError(f"{where}={text!r} is not valid YAML; give {describe_type(hint)}") from error
         value = text
-    if _accepts(hint, str) and not _accepts(hint, int) and not isinstance(value, str | list | None):
+    if _accepts(hint, str) and not _accepts(hint, int) and not isinstance(value, str | list | dict | None):
         value = text  # `name=0017` is the text 0017, not the octal number YAML makes of it
     return value
 
@@ -276,7 +276,7 @@ def _absolute(value: Any, *, only_existing: bool) -> Any:
     """Path(s) made absolute; a hub name, for which nothing lies on the disk, stays as it is where `only_existing`."""
     if isinstance(value, list):
         return [_absolute(item, only_existing=only_existing) for item in value]
-    if value is None or (only_existing and not os.path.exists(os.path.expanduser(value))):
+    if not value or (only_existing and not os.path.exists(os.path.expanduser(value))):
         return value
     return os.path.abspath(os.path.expanduser(value))
 
