@@ -191,14 +191,16 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Ma
         raise
 
 
-def check_free_space(directory: Path, num_bytes: int, *, what: str) -> None:
+def check_free_space(
+    directory: Path, num_bytes: int, *, what: str, remedy: str = "lower checkpoint.keep, or choose another output_dir"
+) -> None:
     """Raise CheckpointError when fewer than `num_bytes` are available where `directory` lives."""
     available = shutil.disk_usage(directory).free
     needed = num_bytes + FREE_SPACE_MARGIN_BYTES
     if available < needed:
         raise CheckpointError(
             f"{what} needs {needed / GIB:.3f} GiB in {directory}, and {available / GIB:.3f} GiB are available; "
-            "free some space, lower checkpoint.keep, or choose an output_dir on another disk"
+            f"free some space, {remedy}"
         )
 
 
@@ -454,7 +456,9 @@ def load_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
     return Checkpoint(path=path, step=manifest["step"], metadata=metadata, manifest=manifest)
 
 
-def find_checkpoint(root: Path, resume: str, *, say: Callable[[str], object] = print) -> Path | None:
+def find_checkpoint(
+    root: Path, resume: str, *, say: Callable[[str], object] = print, option: str = "checkpoint.resume"
+) -> Path | None:
     """Which checkpoint `checkpoint.resume` means.
 
     Args:
@@ -463,6 +467,7 @@ def find_checkpoint(root: Path, resume: str, *, say: Callable[[str], object] = p
             none at all; else a path: a `step_N` directory, or a directory of those (the newest that verifies), or a
             run directory that has `checkpoints/`.
         say: is told of every damaged checkpoint that is passed over.
+        option: what the user calls `resume`, for messages.
 
     Raises:
         CheckpointError: the path is no checkpoint or is damaged, or "auto" finds only damaged ones (starting anew
@@ -471,22 +476,21 @@ def find_checkpoint(root: Path, resume: str, *, say: Callable[[str], object] = p
     if resume == "none":
         return None
     if resume == "auto":
-        return _newest_valid(Path(root), say)
+        return _newest_valid(Path(root), say, f"{option}=auto")
     path = Path(resume)
     if (path / MANIFEST_FILE).exists() or _STEP_NAME.fullmatch(path.name):
         load_checkpoint(path)
         return path
     for directory in (path, path / "checkpoints"):
-        found = _newest_valid(directory, say) if directory.is_dir() else None
+        found = _newest_valid(directory, say, f"{option}={resume}") if directory.is_dir() else None
         if found is not None:
             return found
     raise CheckpointError(
-        f"checkpoint.resume={resume} holds no checkpoint; "
-        "give 'auto', 'none', a step_N directory, or a directory of those"
+        f"{option}={resume} holds no checkpoint; give a step_N directory, a directory of those, or a run directory"
     )
 
 
-def _newest_valid(root: Path, say: Callable[[str], object]) -> Path | None:
+def _newest_valid(root: Path, say: Callable[[str], object], request: str) -> Path | None:
     if not root.is_dir():
         return None
     _bring_back(root)
@@ -503,7 +507,7 @@ def _newest_valid(root: Path, say: Callable[[str], object]) -> Path | None:
             return path
     if problems:
         raise CheckpointError(
-            f"checkpoint.resume=auto: none of the {len(problems)} checkpoints in {root} can be used "
+            f"{request}: none of the {len(problems)} checkpoints in {root} can be used "
             f"({'; '.join(problems)}); restore one, or start a new run in another output_dir"
         )
     return None
@@ -527,7 +531,7 @@ def _checksum(manifest: Mapping[str, Any]) -> str:
 
 
 def _damaged(path: Path, problem: str) -> CheckpointError:
-    return CheckpointError(f"checkpoint {path} is damaged: {problem}; use another one (checkpoint.resume=PATH)")
+    return CheckpointError(f"checkpoint {path} is damaged: {problem}; use another checkpoint")
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -1,0 +1,106 @@
+"""What an export reports: per-layer merge error, size, and how far the reloaded model is from what was meant.
+
+Kept beside the weights as `export_report.json`, so that the quality cost of the format travels with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+GIB = 2**30
+
+
+class ExportError(ValueError):
+    """The export was refused, or what was written does not load as what was meant; nothing is left under its name."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One exported matrix."""
+
+    name: str
+    stored_as: str
+    """How W was stored while training: nf4, fp4, int4 or none."""
+    exported_as: str
+    """nf4, fp4 or bf16."""
+    action: str
+    """"copied": the stored codes; "quantized": merged in float32 and quantized once; "rounded": merged, to bf16."""
+    merge_error: float
+    """‖W_eff − W_export‖ / ‖W_eff‖, Frobenius norms."""
+
+
+@dataclass
+class Verification:
+    """What reloading with transformers showed."""
+
+    device: str
+    num_tokens: int
+    logits_max_difference: float
+    """Largest |logit difference| between the reloaded model and a model that holds the exported weights densely."""
+    logits_relative_difference: float
+    """The same, ‖difference‖ / ‖logits‖."""
+    merged_logits_relative_difference: float
+    """‖difference‖ / ‖logits‖ of the reloaded model against the merged model before it was quantized."""
+    patched_layers: list[str] = field(default_factory=list)
+    """Layers whose dequantization bitsandbytes gets wrong on a CPU, computed from their codes instead."""
+
+
+@dataclass
+class ExportReport:
+    """Summary of one export."""
+
+    output_dir: Path
+    format: str
+    layers: list[LayerReport]
+    num_bytes: int
+    """Of the safetensors files."""
+    num_shards: int
+    notes: list[str]
+    """What a user should know: re-quantization, copied codes, patched layers."""
+    versions: dict[str, str]
+    source: str
+    verification: Verification | None = None
+
+    @property
+    def mean_merge_error(self) -> float:
+        """Mean over layers."""
+        return sum(layer.merge_error for layer in self.layers) / len(self.layers)
+
+    @property
+    def worst_layer(self) -> LayerReport:
+        """The layer with the largest merge error."""
+        return max(self.layers, key=lambda layer: layer.merge_error)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, with the means spelled out. The directory is left out: it may be moved."""
+        value = asdict(self)
+        del value["output_dir"]
+        worst = self.worst_layer
+        summary = {
+            "mean_merge_error": self.mean_merge_error,
+            "worst_merge_error": worst.merge_error,
+            "worst_layer": worst.name,
+        }
+        return {"format": value.pop("format"), "source": value.pop("source"), **summary, **value}
+
+    def summary_lines(self) -> list[str]:
+        """A few lines for a person."""
+        worst = self.worst_layer
+        shards = f"{self.num_shards} file{'s' if self.num_shards > 1 else ''}"
+        lines = [
+            f"exported {len(self.layers)} adapted matrices as {worst.exported_as}: {self.num_bytes / GIB:.3f} GiB in "
+            f"{shards}",
+            f"merge error ‖W_eff − exported‖/‖W_eff‖: mean {self.mean_merge_error:.4f}, "
+            f"worst {worst.merge_error:.4f} ({worst.name})",
+        ]
+        if self.verification is None:
+            return [*lines, "not verified (as asked)"]
+        check = self.verification
+        return [
+            *lines,
+            f"reloaded with transformers on {check.device}: logits differ by {check.logits_max_difference:.2e} at most "
+            f"({check.logits_relative_difference:.1e} relative) from those of the exported weights, and by "
+            f"{check.merged_logits_relative_difference:.1e} relative from those of the merged model before rounding",
+        ]

@@ -1,0 +1,321 @@
+"""From a trained model, in memory or in a checkpoint, to a verified directory and a report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import loqt_ds
+from loqt_ds.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    check_free_space,
+    find_checkpoint,
+    fsync_directory,
+    load_checkpoint,
+)
+from loqt_ds.config import from_dict
+from loqt_ds.export import writer
+from loqt_ds.export.pack import EXPORT_DTYPE, WeightFormat, pack_layer, packed_num_bytes
+from loqt_ds.export.report import GIB, ExportError, ExportReport, LayerReport
+from loqt_ds.export.verify import Expected, verify_export
+from loqt_ds.method.conversion import build_meta, loqt_layers, tie_weights
+from loqt_ds.method.linear import LoQTLinear
+
+FORMATS = ("nf4", "bf16")
+MASTER_PREFIX = "master."
+DEFAULT_MAX_SHARD_SIZE_GIB = 5.0
+
+Say = Callable[[str], object]
+
+
+@torch.no_grad()
+def export_model(
+    model: nn.Module,
+    *,
+    model_config: Any,
+    tokenizer_dir: Path | None,
+    output_dir: Path,
+    format: str = "nf4",
+    factors: Mapping[str, Tensor] | None = None,
+    masters: Mapping[str, Tensor] | None = None,
+    double_quant: bool = False,
+    max_shard_size_gib: float = DEFAULT_MAX_SHARD_SIZE_GIB,
+    verify: bool = True,
+    source: str = "a model in memory",
+    say: Say = print,
+) -> ExportReport:
+    """Merge, quantize once, write, reload, compare; the directory gets its name only if all of that worked.
+
+    Args:
+        model: holds `LoQTLinear` layers; it is not changed.
+        model_config: its transformers configuration.
+        tokenizer_dir: whose files travel along, or None.
+        output_dir: must not exist, or be empty.
+        format: "nf4": 4-bit in the type the weights were trained in (nf4 or fp4; int4 and unquantized ones become
+            nf4); "bf16": dense.
+        factors: layer name -> canonical (l, r) float32, used instead of B.
+        masters: parameter name -> float32 tensor of the parameter's shape, used instead of it (B included).
+        double_quant: store the scales in 8 bits; they then differ a little from those that were trained with.
+        max_shard_size_gib: weights are split into files of at most this size.
+        verify: reload with transformers and compare.
+
+    Raises:
+        ExportError: an option or directory is refused, the disk is too small, or the reloaded model differs.
+    """
+    output_dir = Path(output_dir)
+    _check_options(format, double_quant, max_shard_size_gib)
+    writer.refuse_existing(output_dir)
+    layers = loqt_layers(model)
+    if not layers:
+        raise ExportError("the model has no LoQT layer; save it with transformers' save_pretrained instead")
+    masters = masters or {}
+    all_factors = {name: layers[name].canonical(masters[f"{name}.B"]) for name in layers if f"{name}.B" in masters}
+    all_factors |= factors or {}
+    weight_format, notes = _weight_format(layers, format, double_quant)
+    expected = Expected(
+        model_config=model_config,
+        weight_format=weight_format,
+        layers=layers,
+        factors=all_factors,
+        dense=_dense_tensors(model, layers, masters),
+        merge_errors={},
+    )
+    reports: list[LayerReport] = []
+    units = _units(expected, reports)
+    try:
+        temporary = writer.temporary_directory(output_dir)
+        try:
+            check_free_space(
+                temporary, sum(unit.num_bytes for unit in units), what="the export", remedy="or give another --output"
+            )
+            written = writer.write_weights(temporary, units, int(max_shard_size_gib * GIB))
+            skip = writer.skipped_modules(model, layers)
+            architecture = type(model).__name__
+            config_json = writer.model_config_json(
+                model_config, architecture=architecture, weight_format=weight_format, skip=skip
+            )
+            writer.write_configuration(temporary, config_json, model_config)
+            if tokenizer_dir is not None:
+                writer.copy_tokenizer(Path(tokenizer_dir), temporary)
+            report = ExportReport(
+                output_dir=output_dir,
+                format=format,
+                layers=reports,
+                num_bytes=written.num_bytes,
+                num_shards=len(written.files),
+                notes=notes + _copied_note(reports),
+                versions=_versions(),
+                source=source,
+            )
+            if verify:
+                report.verification = verify_export(temporary, written, expected, device=_device())
+                report.notes += _patched_note(report.verification.patched_layers)
+            writer.write_report(temporary, report.to_dict())
+            os.replace(temporary, output_dir)
+            fsync_directory(output_dir.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    except (OSError, CheckpointError) as error:
+        raise ExportError(f"the export could not be written to {output_dir}: {error}") from error
+    for line in (*report.notes, *report.summary_lines()):
+        say(line)
+    return report
+
+
+def export_checkpoint(
+    checkpoint_dir: Path,
+    output_dir: Path,
+    *,
+    format: str = "nf4",
+    double_quant: bool = False,
+    max_shard_size_gib: float = DEFAULT_MAX_SHARD_SIZE_GIB,
+    verify: bool = True,
+    say: Say = print,
+) -> ExportReport:
+    """Export what a training checkpoint holds; fp32 masters are used where it has them.
+
+    Args:
+        checkpoint_dir: a `step_N` directory, or one of those (the newest that is undamaged), or a run directory.
+        Others: as for `export_model`.
+
+    Raises:
+        ExportError: as for `export_model`, or the checkpoint lacks something.
+        CheckpointError: the checkpoint is damaged or not there.
+    """
+    _check_options(format, double_quant, max_shard_size_gib)
+    writer.refuse_existing(Path(output_dir))
+    found = find_checkpoint(Path(checkpoint_dir), str(checkpoint_dir), say=say, option="--checkpoint")
+    assert found is not None, "a path either holds a checkpoint or raises"
+    checkpoint = load_checkpoint(found, verify=False)
+    model, model_config = _rebuild(checkpoint)
+    model.to(_device())
+    say(f"exporting {found} (step {checkpoint.step}) as {format}")
+    has_tokenizer = "tokenizer" in checkpoint.manifest["directories"]
+    if not has_tokenizer:
+        say("the checkpoint holds no tokenizer: the export will have none")
+    return export_model(
+        model,
+        model_config=model_config,
+        tokenizer_dir=checkpoint.directory("tokenizer") if has_tokenizer else None,
+        output_dir=Path(output_dir),
+        format=format,
+        double_quant=double_quant,
+        max_shard_size_gib=max_shard_size_gib,
+        verify=verify,
+        source=f"{found.resolve()} (step {checkpoint.step})",
+        say=say,
+    )
+
+
+def _check_options(format: str, double_quant: bool, max_shard_size_gib: float) -> None:
+    if format not in FORMATS:
+        raise ExportError(f"export.format={format!r} does not exist; use one of {', '.join(FORMATS)}")
+    if double_quant and format == "bf16":
+        raise ExportError("double quantization needs format=nf4; format=bf16 has no scales to quantize")
+    if not max_shard_size_gib > 0:
+        raise ExportError(f"max_shard_size_gib={max_shard_size_gib} must be above 0, for example 5")
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "bitsandbytes", "safetensors")
+    return {"loqt_ds": loqt_ds.__version__} | {name: importlib.metadata.version(name) for name in packages}
+
+
+# ------------------------------------------------------------------------------------------------- what is exported
+
+
+def _weight_format(layers: Mapping[str, LoQTLinear], format: str, double_quant: bool) -> tuple[WeightFormat, list[str]]:
+    """How adapted weights are exported, and what to say about it."""
+    if format == "bf16":
+        return WeightFormat(None), []
+    kinds = sorted({layer.spec_w.kind for layer in layers.values()})
+    if len(kinds) > 1:
+        raise ExportError(f"the model's weights are stored as {' and '.join(kinds)}; export it with format=bf16")
+    kind = kinds[0]
+    if kind == "int4":
+        note = "int4 weights have no format that transformers reads: the merged weights are re-quantized to nf4"
+        return WeightFormat("nf4", double_quant), [note]
+    if kind == "none":
+        note = "the weights were trained without quantization: the merged weights are quantized to nf4 here"
+        return WeightFormat("nf4", double_quant), [note]
+    notes = ["fp4 weights are exported as fp4, the type they were trained in"] if kind == "fp4" else []
+    return WeightFormat(kind, double_quant), notes
+
+
+def _copied_note(reports: list[LayerReport]) -> list[str]:
+    num_copied = sum(report.action == "copied" for report in reports)
+    if not num_copied:
+        return []
+    return [f"B is zero in {num_copied} of {len(reports)} matrices: their stored codes are copied as they are"]
+
+
+def _patched_note(patched: list[str]) -> list[str]:
+    if not patched:
+        return []
+    return [
+        f"bitsandbytes on this CPU dequantizes {len(patched)} matrices wrongly (in_features divisible by 16, not by "
+        f"64; {patched[0]} is one): their codes were verified, and to compare logits they were dequantized by "
+        "table look-up. On a GPU the export computes rightly; do not evaluate it on a CPU"
+    ]
+
+
+def _dense_tensors(
+    model: nn.Module, layers: Mapping[str, LoQTLinear], masters: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Everything that is not an adapted weight, by name; of tied tensors, the one that is not the output head's."""
+    own = {
+        f"{name}.{key}" for name, layer in layers.items() for key in layer.state_dict(keep_vars=True) if key != "bias"
+    }
+    tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in own}
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    head_names = {name for name, module in model.named_modules() if module is head and head is not None}
+    # The head comes last, so that of a tied pair the embedding's name is met first and stays.
+    order = sorted(tensors, key=lambda name: name.rpartition(".")[0] in head_names)
+    kept: dict[int, str] = {}
+    for name in order:
+        kept.setdefault(id(tensors[name]), name)
+    names = set(kept.values())
+    return {name: masters.get(name, tensor).detach() for name, tensor in tensors.items() if name in names}
+
+
+def _units(expected: Expected, reports: list[LayerReport]) -> list[writer.Unit]:
+    """What to write, in the order of the model; making a layer's appends to `reports`."""
+
+    def dense_unit(name: str, tensor: Tensor) -> writer.Unit:
+        dtype = EXPORT_DTYPE if tensor.is_floating_point() else tensor.dtype
+        return writer.Unit(tensor.numel() * dtype.itemsize, lambda: {name: tensor.to(dtype)})
+
+    def layer_unit(name: str, layer: LoQTLinear) -> writer.Unit:
+        def make() -> dict[str, Tensor]:
+            tensors, report = pack_layer(name, layer, expected.factors.get(name), expected.weight_format)
+            reports.append(report)
+            expected.merge_errors[name] = report.merge_error
+            return {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+
+        return writer.Unit(packed_num_bytes(layer.weight_shape, expected.weight_format), make)
+
+    dense = [dense_unit(name, tensor) for name, tensor in expected.dense.items()]
+    return dense + [layer_unit(name, layer) for name, layer in expected.layers.items()]
+
+
+# ------------------------------------------------------------------------------------------------- from a checkpoint
+
+
+def _rebuild(checkpoint: Checkpoint) -> tuple[nn.Module, Any]:
+    """The trained model on the CPU, its trained parameters replaced by their fp32 masters where there are any."""
+    from transformers import AutoConfig
+
+    for key in ("model_config", "config"):
+        if key not in checkpoint.metadata:
+            raise ExportError(f"{checkpoint.path} was not written by a training run: its metadata has no {key!r}")
+    description = dict(checkpoint.metadata["model_config"])
+    model_config = AutoConfig.for_model(description.pop("model_type"), **description)
+    loqt = from_dict(checkpoint.metadata["config"], source=str(checkpoint.path)).loqt
+    state = checkpoint.tensors("model")
+    trained_dtypes = {tensor.dtype for name, tensor in state.items() if name.endswith(".B")}
+    if len(trained_dtypes) != 1:
+        raise ExportError(f"{checkpoint.path} holds trained factors of types {trained_dtypes or 'none at all'}")
+    model = build_meta(model_config, loqt, dtype=trained_dtypes.pop())
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:  # shapes
+        raise ExportError(f"{checkpoint.path} does not fit the model it describes: {error}") from error
+    for name, master in _masters(checkpoint).items():
+        parent, _, child = name.rpartition(".")
+        module = model.get_submodule(parent)
+        if child not in module._parameters:
+            unexpected.append(MASTER_PREFIX + name)
+        else:
+            setattr(module, child, nn.Parameter(master, requires_grad=False))
+    tie_weights(model)
+    absent = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if absent or unexpected:
+        raise ExportError(
+            f"{checkpoint.path} does not fit the model it describes: it lacks {absent or 'nothing'} and has "
+            f"{unexpected or 'nothing'} too much ({len(missing)} names were not found)"
+        )
+    return model.eval(), model_config
+
+
+def _masters(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Parameter name -> fp32 master."""
+    if "optimizer" not in checkpoint.groups():
+        return {}
+    tensors = checkpoint.tensors("optimizer")
+    return {
+        name.removeprefix(MASTER_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(MASTER_PREFIX)
+    }
