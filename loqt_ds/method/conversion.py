@@ -236,11 +236,13 @@ def build_model(
         tensors = weights.module(name, module)
         if name not in linears:
             _materialize(module, tensors, device, dtype)
+            del tensors
             continue
         layer = _loqt_twin(linears[name], loqt, dtype, device)
         layer.set_w(quantize(tensors["weight"].to(device).float(), layer.spec_w))
         if layer.bias is not None:
             layer.bias.copy_(tensors["bias"])
+        del tensors  # before the next is there
         _replace(model, name, layer)
     tie_weights(model)
     model.to(device)  # what is left: buffers such as rotary tables
@@ -267,16 +269,20 @@ class _Initializer:
         raise ValueError(f"{type(self._model).__name__} has no initializer of its own; give weights to load instead")
 
     def module(self, name: str, module: nn.Module) -> dict[str, Tensor]:
-        shapes = {short: (p.shape, p.requires_grad) for short, p in module.named_parameters(recurse=False)}
+        empties = dict(module.named_parameters(recurse=False))
         owner = self._owner(name)
-        for short, (shape, requires_grad) in shapes.items():
+        for short, empty in empties.items():
             # NaN, not zero: a parameter that the initializer forgets must not pass for an initialized one.
-            blank = torch.full(shape, float("nan"), dtype=torch.float32)
-            module.register_parameter(short, nn.Parameter(blank, requires_grad=requires_grad))
+            blank = torch.full(empty.shape, float("nan"), dtype=torch.float32)
+            module.register_parameter(short, nn.Parameter(blank, requires_grad=empty.requires_grad))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(layer_seed(self._seed, 0, name))
+            # Not torch.manual_seed: it also seeds every accelerator, whose states are not forked.
+            torch.default_generator.manual_seed(layer_seed(self._seed, 0, name))
             owner._init_weights(module)  # type: ignore[operator]
         tensors = {short: p.detach() for short, p in module.named_parameters(recurse=False)}
+        for short, empty in empties.items():
+            # Whoever holds the module must not hold what was drawn: all modules would be the whole model in float32.
+            module.register_parameter(short, empty)
         forgotten = [short for short, t in tensors.items() if not torch.isfinite(t).all()]
         if forgotten:
             raise ValueError(f"the initializer of {type(owner).__name__} leaves {name}.{forgotten[0]} uninitialized")
