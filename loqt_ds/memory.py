@@ -7,9 +7,11 @@ keeps tensors below 4096 elements in 32 bits; others take 2 bytes an element and
 What comes and goes is estimated. Per token and transformer layer, with e bytes per activation (2 in bf16, 4 in fp32), h
 hidden, a attention width (heads * head size), i intermediate:
 
-    two RMSNorms     2 (4 h + e h)         the float32 copy and the normalized input; 2 * 2 e h in fp32, where both are
-    one attention        4 e a + 4 heads       q, k, v, output; log-sum-exp. eager: (4 + e) heads s for the softmax, s
-    sequence gated MLP        3 e i                 gate, its activation, up
+    two RMSNorms     2 (4 h + e h)         the float32 copy and the normalized input; 2 * 2 e h in fp32 (no copy)
+    attention        4 e a + 4 heads       q, k, v, output; log-sum-exp
+       eager         3 e a + (4 + e) heads s     q, k, v; softmax over s = sequence in float32 and its copy (4 heads s
+                                           in fp32)
+    gated MLP        3 e i                 gate, its activation, up
     LoQT linear      e r                   x P where in <= out;   e in (its input x) where in > out, and on both while
                                            tapped for a re-initialization (once for those that share it)
     other linear     e in                  its input, once for those that share it
@@ -251,9 +253,12 @@ def activation_bytes(config: Config, model: nn.Module, description: Any, dtype: 
     num_layers = int(description.get_text_config().num_hidden_layers)
     e, sequence = dtype.itemsize, config.data.sequence_length
     norm = 2 * e * hidden if e == 4 else (4 + e) * hidden
-    scores = (4 + e) * heads * sequence if config.model.attention == "eager" else 4 * heads
+    if config.model.attention == "eager":  # q, k, v; the float32 softmax, and its copy where activations are bf16
+        attended = 3 * e * attention + (4 if e == 4 else 4 + e) * heads * sequence
+    else:
+        attended = 4 * e * attention + 4 * heads
     linears, tapped = (num_bytes / num_layers for num_bytes in _linear_bytes(model, e))
-    block = 2 * norm + 4 * e * attention + scores + 3 * e * intermediate + linears
+    block = 2 * norm + attended + 3 * e * intermediate + linears
     tokens = config.train.micro_batch_size * sequence
     if config.train.activation_checkpointing:
         kept = num_layers * e * hidden + block  # the inputs of all blocks, and one block's activations at a time

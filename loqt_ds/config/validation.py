@@ -3,9 +3,8 @@
 Three kinds of rules, each with option, value and remedy in its message:
   ranges          one option alone (sizes, rates, shares, names);
   contradictions  options that exclude one another;
-  inactive        an option that was changed although nothing would read it. Its default is always fine: a feature that
-  is
-                  switched off may keep its settings' defaults, but nothing a user wrote is silently ignored.
+  inactive        an option that was changed although nothing would read it. Its default is always fine: what is off may
+                  keep the defaults of its settings, but nothing a user wrote is silently ignored.
 Only the model's JSON description is read here. What needs the model itself (rank against the smaller side, patterns,
 vocabulary) is checked where the model is described, on the meta device; data files are checked where they are opened.
 """
@@ -262,7 +261,6 @@ def _inactive_rules(config: Config) -> Iterator[tuple[bool, str, str, tuple[Any,
     held_out = data.validation_path is not None or data.validation_split is not None
     yield held_out, "data.validation_fraction", "with data.validation_path or data.validation_split", ()
     yield data.tokenizer is not None, "data.tokenizer_vocab_size", f"with data.tokenizer={data.tokenizer}", ()
-    yield data.streaming, "data.num_processes", "with data.streaming=true (tokenized while training)", (1,)
     yield config.eval.num_samples == 0, "eval.sample_tokens", "with eval.num_samples=0", ()
 
 

@@ -351,7 +351,6 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["data.text_field=body"], ["data.text_field=body", "no effect"]),
     (["data.tokenizer=t5-base", "data.tokenizer_vocab_size=512"], ["data.tokenizer_vocab_size=512", "no effect"]),
     (["data.validation_path=a", "data.validation_fraction=0.1"], ["data.validation_fraction=0.1", "no effect"]),
-    (["data.name=a", "data.streaming=true", "data.num_processes=4"], ["data.num_processes=4", "no effect"]),
     (["eval.num_samples=0", "eval.sample_tokens=8"], ["eval.sample_tokens=8", "no effect"]),
 ]
 

@@ -1,0 +1,93 @@
+"""Every shipped model shape and recipe: read, checked, written, read again, planned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from loqt_ds.config import Config, load_config, save_yaml
+from loqt_ds.core.schedules import ReinitSchedule
+from loqt_ds.memory import plan
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+RECIPES = sorted(CONFIGS.glob("recipes/*.yaml"))
+MODELS = sorted(CONFIGS.glob("models/*.json"))
+
+# hidden, intermediate, layers, heads (ALGORITHM.md)
+SHAPES = {
+    "9m": (128, 352, 4, 4),
+    "35m": (384, 1024, 6, 8),
+    "60m": (512, 1376, 8, 8),
+    "130m": (768, 2048, 12, 12),
+    "350m": (1024, 2736, 24, 16),
+    "1b": (2048, 5461, 24, 32),
+    "3b": (2560, 6848, 32, 32),
+    "7b": (4096, 11008, 32, 32),
+    "13b": (5120, 13824, 40, 40),
+}
+# rank, alpha, interval, growth, steps, C (ALGORITHM.md)
+PAPER = {
+    "llama_60m": (128, 0.4, 100, 1.2, 10_000, 5),
+    "llama_130m": (256, 0.5, 100, 1.2, 20_000, 5),
+    "llama_350m": (256, 0.5, 100, 1.2, 60_000, 5),
+    "llama_1b": (512, 0.25, 100, 1.2, 100_000, 10),
+    "llama_7b": (1024, 0.5, 10_000, 1.15, 150_000, 0),
+    "llama_13b": (1024, 0.5, 200, 1.2, 100_000, 5),
+}
+
+
+def test_all_that_was_promised_is_there() -> None:
+    assert {path.stem for path in MODELS} >= {f"llama_{size}" for size in SHAPES} | {"llama_mini"}
+    assert {path.stem for path in RECIPES} >= {"default", "llama_9m_c4", *PAPER}
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_model_shapes(path: Path) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    loaded = AutoConfig.for_model(**content)
+    for name, value in content.items():
+        assert getattr(loaded, name) == value, name
+    assert loaded.rope_parameters["rope_theta"] == 10000.0
+    size = path.stem.removeprefix("llama_")
+    if size in SHAPES:
+        got = loaded.hidden_size, loaded.intermediate_size, loaded.num_hidden_layers, loaded.num_attention_heads
+        assert got == SHAPES[size]
+        assert (loaded.vocab_size, loaded.tie_word_embeddings, loaded.rms_norm_eps) == (32000, False, 1e-6)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    assert config.name == path.stem
+    save_yaml(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    result = plan(config)
+    assert result.total_gib < 24, "\n".join(result.lines())
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_numbers(name: str) -> None:
+    config = load_config(name)
+    loqt = config.loqt
+    got = loqt.rank, loqt.alpha, loqt.interval, loqt.growth, config.train.max_steps, loqt.compensation_steps
+    assert got == PAPER[name]
+    assert config.data.sequence_length == 256 and config.data.packing == "truncated"
+    assert config.num_warmup_steps == config.train.max_steps // 10 and config.optim.min_lr_ratio == 0.1
+    assert config.optim.name == "adamw8bit" and config.optim.weight_decay == 0.0
+    if name == "llama_13b":
+        assert loqt.schedule == "static" and config.optim.layerwise
+        assert config.train.gradient_accumulation_steps == 1
+    else:
+        assert config.train.micro_batch_size * config.train.gradient_accumulation_steps * 256 == 131_072
+        assert config.optim.lr == (1e-4 if name == "llama_7b" else 0.01)
+
+
+def test_the_default_recipe_re_initializes_several_times() -> None:
+    config: Config = load_config("default")
+    loqt = config.loqt
+    schedule = ReinitSchedule(loqt.schedule, loqt.interval, loqt.growth, loqt.max_gap)
+    assert len(list(schedule.steps(config.train.max_steps))) >= 4
+    assert config.data.path is None and config.data.name is None and config.data.tokenizer is None
