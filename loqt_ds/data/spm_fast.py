@@ -101,12 +101,14 @@ def _normalizer(proto: Any) -> Any:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         # \A and \z: ^ and $ would match at every line
-        steps.append(normalizers.Replace(Regex(r"\A +| +\z"), ""))
+        steps.append(normalizers.Replace(Regex(r"\A +"), ""))
         steps.append(normalizers.Replace(Regex(" {2,}"), " "))
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(" "))
     if spec.escape_whitespaces:
         steps.append(normalizers.Replace(" ", META_SPACE))
+    if spec.remove_extra_whitespaces:  # sentencepiece strips the end last, when U+2581 of the text looks like a space
+        steps.append(normalizers.Replace(Regex(rf"{META_SPACE if spec.escape_whitespaces else ' '}+\z"), ""))
     return normalizers.Sequence(steps) if steps else None
 
 

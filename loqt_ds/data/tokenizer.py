@@ -349,6 +349,7 @@ def _with_real_spaces(model: bytes) -> bytes:
     proto = spm_fast.parse(model)
     proto.normalizer_spec.escape_whitespaces = False
     proto.trainer_spec.ClearField("user_defined_symbols")
+    proto.trainer_spec.ClearField("num_threads")  # or the bytes, and every key made of them, would name the machine
     for piece in proto.pieces:
         if piece.type in (1, 4):  # normal, user defined
             piece.piece = piece.piece.replace(spm_fast.META_SPACE, " ")
