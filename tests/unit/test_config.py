@@ -213,7 +213,8 @@ def test_any_value_survives_an_override(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(option_names()))
     section, _, field = name.rpartition(".")
     value = data.draw(strategy(field_types(type(getattr(Config(), section)) if section else Config)[field]))
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6).removesuffix("...\n").strip("\n")
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
+    text = text.removesuffix("...\n").strip("\n")
     expected = Config()
     setattr(getattr(expected, section) if section else expected, field, value)
     assert apply_overrides(Config(), [f"{name}={text}"]) == expected
