@@ -282,7 +282,7 @@ def describe_reinit(summary: dict[str, Any]) -> str:
         parts.append(f"{summary['num_kept']} layers kept their P")
     if summary["num_from_previous"] or summary["num_random"]:
         parts.append(
-            f"{summary['num_from_previous']} columns of P from the old one, {summary['num_random']} random, for want of "
-            "rank in the gradient"
+            f"{summary['num_from_previous']} columns of P from the old one, {summary['num_random']} random, "
+            "for want of rank in the gradient"
         )
     return "; ".join(parts)

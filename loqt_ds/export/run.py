@@ -65,7 +65,7 @@ def export_model(
         masters: parameter name -> float32 tensor of the parameter's shape, used instead of it (B included).
         double_quant: store the scales in 8 bits; they then differ a little from those that were trained with.
         max_shard_size_gib: weights are split into files of at most this size.
-        verify: reload with transformers and compare.
+        verify: reload with transformers on the model's device, and compare.
 
     Raises:
         ExportError: an option or directory is refused, the disk is too small, or the reloaded model differs.
@@ -116,7 +116,7 @@ def export_model(
                 source=source,
             )
             if verify:
-                report.verification = verify_export(temporary, written, expected, device=_device())
+                report.verification = verify_export(temporary, written, expected)
                 report.notes += _patched_note(report.verification.patched_layers)
             writer.write_report(temporary, report.to_dict())
             os.replace(temporary, output_dir)

@@ -67,8 +67,8 @@ class _ReferenceLinear(nn.Module):
 
 
 @torch.no_grad()
-def verify_export(directory: Path, written: WrittenWeights, expected: Expected, *, device: str) -> Verification:
-    """Reload and compare.
+def verify_export(directory: Path, written: WrittenWeights, expected: Expected) -> Verification:
+    """Reload on the device of the trained model, and compare.
 
     Raises:
         ExportError: anything differs; the message names it.
@@ -77,6 +77,7 @@ def verify_export(directory: Path, written: WrittenWeights, expected: Expected, 
         with open(directory / name, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
                 raise ExportError(f"{name} reads back differently than it was written; check the disk of {directory}")
+    device = str(next(iter(expected.layers.values())).B.device)
     reloaded = _reload(directory, device)
     stored = _StoredTensors(directory, written.weight_map)
     patched = _compare_tensors(reloaded, stored, expected)
@@ -133,6 +134,23 @@ def _quiet_transformers():
             logging.enable_progress_bar()
 
 
+def load_export(directory: Path, *, device: str = "cpu") -> nn.Module:
+    """The exported model as transformers loads it, in eval mode, with the layers put right that a CPU gets wrong.
+
+    Those are the layers that the module's docstring speaks of; on a GPU nothing is changed.
+
+    Raises:
+        ExportError: transformers cannot load the directory, or bitsandbytes dequantizes it wrongly on a GPU.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    model = _reload(Path(directory), device)
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            _put_right(name, module)
+    return model
+
+
 def _reload(directory: Path, device: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
@@ -177,13 +195,11 @@ def _compare_tensors(reloaded: nn.Module, stored: _StoredTensors, expected: Expe
     patched = []
     adapted = expected.layers if expected.weight_format.quant_type is not None else {}
     for name, layer in adapted.items():
-        module: Any = reloaded.get_submodule(name)
+        module = reloaded.get_submodule(name)
         problem = _compare_quantized(module, stored.of_weight(name), expected.weight_format, layer.weight_shape)
         if problem:
             raise ExportError(f"{name} of the reloaded model {problem}")
-        # With AVX512-BF16 the layer would repack its weight at its first forward and fail at odd widths.
-        module.support_avx512bf16_for_cpu = False
-        if _patch_where_wrong(name, module):
+        if _put_right(name, module):
             patched.append(name)
     own = reloaded.state_dict()
     quantized = tuple(f"{name}.weight" for name in adapted)
@@ -230,10 +246,12 @@ def _table_lookup(module: Any) -> Tensor:
     return (values * absmax.repeat_interleave(state.blocksize)[:num_values]).view(state.shape)
 
 
-def _patch_where_wrong(name: str, module: Any) -> bool:
+def _put_right(name: str, module: Any) -> bool:
     """Where bitsandbytes dequantizes a reloaded layer wrongly, compute it from its codes; True if that was needed."""
     from bitsandbytes.functional import dequantize_4bit
 
+    # With AVX512-BF16 the layer would repack its weight at its first forward and fail at odd widths.
+    module.support_avx512bf16_for_cpu = False
     wanted = _table_lookup(module)
     actual = dequantize_4bit(module.weight.data, module.weight.quant_state)
     difference = _relative_difference(actual.float(), wanted)

@@ -382,3 +382,19 @@ def checkpoint_files(directory: str | Path) -> Callable[[nn.Module], WeightSourc
     Raises ValueError if the files are missing, pickled, quantized, or of another model.
     """
     return lambda model: _CheckpointFiles(model, Path(directory))
+
+
+@torch.no_grad()
+def materialize_zeros(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """Gives every tensor that is on the meta device zeros on `device`, shared ones once; returns the model."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for short, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                if id(parameter) not in made:
+                    made[id(parameter)] = nn.Parameter(torch.zeros_like(parameter, device=device))
+                module.register_parameter(short, made[id(parameter)])
+        for short, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                module._buffers[short] = torch.zeros_like(buffer, device=device)
+    return model.to(device)

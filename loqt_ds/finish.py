@@ -1,0 +1,138 @@
+"""After the last step: export, reload with transformers, compare perplexities, sample, and say what to do next."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from loqt_ds.data import Tokenizer
+from loqt_ds.evaluation import Evaluation, evaluate
+from loqt_ds.export import export_model, load_export
+from loqt_ds.run import Run
+
+Say = Callable[[str], object]
+
+
+def finish(run: Run, trained: Evaluation, *, say: Say) -> None:
+    """Exports, evaluates what transformers loads back, prints both perplexities and continuations, points onward."""
+    config = run.config
+    frequencies = run.data.summary["unigram_loss"]
+    say("")
+    say(f"trained model:   validation loss {trained.loss:.4f}, perplexity {trained.perplexity:.2f}")
+    sampled = run.engine.network
+    if config.export.format != "none":
+        sampled = _export(run, trained, say)
+    say(f"token frequencies alone: loss {frequencies:.4f}, perplexity {math.exp(frequencies):.2f}")
+    if config.eval.num_samples:
+        _say_samples(run, sampled, say)
+    _say_onward(run, say)
+
+
+def _export(run: Run, trained: Evaluation, say: Say) -> nn.Module:
+    """Writes run/export, reloads it, evaluates it; returns the reloaded model."""
+    config = run.config
+    report = export_model(
+        run.engine.network,
+        model_config=run.model_config,
+        tokenizer_dir=run.tokenizer_dir,
+        output_dir=run.directory / "export",
+        format=config.export.format,
+        factors=run.engine.factors(),
+        say=say,
+    )
+    device = run.engine.device
+    reloaded = load_export(report.output_dir, device=str(device))
+    batches = run.data.validation.batches(
+        config.eval.micro_batch_size or config.train.micro_batch_size, config.eval.max_tokens
+    )
+    result = evaluate(reloaded, batches, device)
+    run.logger.event(
+        "export",
+        {
+            "step": run.engine.step_index,
+            "path": str(report.output_dir),
+            "format": config.export.format,
+            "num_bytes": report.num_bytes,
+            "perplexity_trained": trained.perplexity,
+            **result.record(),
+        },
+    )
+    say(
+        f"exported model:  validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f} "
+        f"({config.export.format}, {report.num_bytes / 2**20:.1f} MiB, as transformers loads it)"
+    )
+    return reloaded
+
+
+@torch.no_grad()
+def sample(
+    model: Any, tokenizer: Tokenizer, prompt: list[int], *, num_tokens: int, seed: int, device: torch.device
+) -> list[int]:
+    """Continues a prompt by sampling at temperature 0.8 from the 50 most probable tokens; returns the new ids.
+
+    Draws from its own random state: the run's is left as it was.
+    """
+    was_training = model.training
+    model.eval()
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            ids = torch.tensor([prompt], device=device)
+            output = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=num_tokens,
+                do_sample=True,
+                temperature=0.8,
+                top_k=50,
+                eos_token_id=tokenizer.eot_id,
+                pad_token_id=tokenizer.pad_id,
+            )
+    finally:
+        model.train(was_training)
+    return output[0, len(prompt) :].tolist()
+
+
+def _say_samples(run: Run, model: nn.Module, say: Say) -> None:
+    """Continuations of the first tokens of held-out rows."""
+    options = run.config.eval
+    prompt_length = min(32, max(1, run.config.data.sequence_length // 2))
+    rows = (row for batch in run.data.validation.batches(1) for row in batch["input_ids"])
+    say("")
+    for number, row in zip(range(options.num_samples), rows, strict=False):
+        prompt = row[:prompt_length].tolist()
+        ids = sample(
+            model,
+            run.tokenizer,
+            prompt,
+            num_tokens=options.sample_tokens,
+            seed=run.config.train.seed + number,
+            device=run.engine.device,
+        )
+        say(f"--- sample {number + 1}: held-out text ⟶ continuation")
+        say(f"{run.tokenizer.decode(prompt)} ⟶ {run.tokenizer.decode(ids)}")
+
+
+def _say_onward(run: Run, say: Say) -> None:
+    directory = shlex.quote(str(run.directory))
+    checkpoints = sorted((run.directory / "checkpoints").glob("step_*"), key=lambda p: int(p.name[5:]))
+    say("")
+    say(f"run directory:   {run.directory}")
+    say("  config.yaml      every option of this run")
+    say("  metrics.jsonl    one JSON object a line; tensorboard/ has the same as curves")
+    say("  checkpoints/     to go on from" + (", newest " + checkpoints[-1].name if checkpoints else ""))
+    if run.config.export.format != "none":
+        say("  export/          for AutoModelForCausalLM.from_pretrained")
+    say("next:")
+    say(f"  tensorboard --logdir {directory}/tensorboard")
+    if checkpoints:
+        say(
+            f"  python tools/export.py --checkpoint {shlex.quote(str(checkpoints[-1]))} --format bf16 --output exported"
+        )
+    say("  python -m loqt_ds.train --help")

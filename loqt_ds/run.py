@@ -1,0 +1,342 @@
+"""One run from its configuration to what it leaves: directory, tokenizer, data, model, engine, training, export.
+
+Everything that can be refused is refused in the order of its cost: options, then the model's shape on the meta device,
+then files and directories, then data; weights come last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loqt_ds.checkpoint import Checkpoint, CheckpointError, find_checkpoint, load_checkpoint
+from loqt_ds.config import Config, ConfigError, describe_model, save_yaml
+from loqt_ds.data import DataBundle, Tokenizer, build_data, load_or_train_tokenizer
+from loqt_ds.engines.base import Engine
+from loqt_ds.engines.single import SingleEngine
+from loqt_ds.memory import model_description, plan, planned_dtype
+from loqt_ds.method.conversion import (
+    WeightSource,
+    build_empty,
+    build_meta,
+    build_model,
+    checkpoint_files,
+    initializer,
+    materialize_zeros,
+)
+from loqt_ds.metrics import MetricsLogger
+from loqt_ds.trainer import Trainer
+
+Say = Callable[[str], object]
+
+# Options that may differ when a run goes on: they do not change what a step computes.
+_FREE_ON_RESUME = ("checkpoint.", "logging.", "eval.", "export.", "output_dir", "name", "train.device")
+_FREE_ON_RESUME += ("data.cache_dir", "data.num_processes")
+
+
+@dataclass
+class Run:
+    """A run that is ready to train."""
+
+    config: Config
+    directory: Path
+    tokenizer: Tokenizer
+    data: DataBundle
+    engine: Engine
+    model_config: Any
+    logger: MetricsLogger
+    trainer: Trainer
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        return self.directory / "tokenizer"
+
+
+def prepare(config: Config, *, ds_config: dict[str, Any] | None = None, say: Say = print) -> Run:
+    """Builds everything a run needs; loads the checkpoint it goes on from.
+
+    Args:
+        config: validated.
+        ds_config: of `engines.deepspeed.check_deepspeed`, to train under DeepSpeed; None: one device without it.
+
+    Raises ValueError (of many kinds) for what the user can mend, before weights are loaded.
+    """
+    device = choose_device(config)
+    config = resolve_dtype(config, device)
+    check_model(config)
+    directory = choose_directory(config, say)
+    checkpoint = choose_checkpoint(config, directory, say)
+    tokenizer = load_or_train_tokenizer(config, say)
+    model_config = configure_model(config, tokenizer)
+    data = build_data(config, tokenizer, say=say)
+    _make_directory(directory)
+    save_yaml(
+        dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, resume="none")),
+        directory / "config.yaml",
+    )
+    tokenizer.save(directory / "tokenizer", say=say)
+    say(f"run directory: {directory}")
+    say_plan(config, model_config, device, say)
+    torch.manual_seed(config.train.seed)
+    model, original = load_model(config, model_config, device, resumed=checkpoint is not None, say=say)
+    engine = build_engine(config, model, ds_config, original)
+    logger = MetricsLogger(
+        directory,
+        max_steps=config.train.max_steps,
+        every=config.logging.every,
+        tensorboard=config.logging.tensorboard,
+        progress=config.logging.progress,
+        resumed_step=None if checkpoint is None else checkpoint.step,
+    )
+    trainer = Trainer(
+        config,
+        engine,
+        data,
+        logger,
+        checkpoints=directory / "checkpoints",
+        extra_metadata={"model_config": model_config.to_dict()},
+        directories={"tokenizer": directory / "tokenizer"},
+    )
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+        say(f"going on from {checkpoint.path} (step {checkpoint.step})")
+    return Run(config, directory, tokenizer, data, engine, model_config, logger, trainer)
+
+
+# ---------------------------------------------------------------- device and dtype
+
+
+def choose_device(config: Config) -> torch.device:
+    """`train.device`, or the CUDA device of this process where there is one."""
+    wanted = config.train.device
+    if wanted == "auto":
+        wanted = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"train.device={config.train.device!r} is not a device; use auto, cpu, cuda or cuda:N"
+        ) from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"train.device={config.train.device}: torch sees no CUDA device; use train.device=cpu")
+        device = torch.device("cuda", device.index or 0)
+        if device.index >= torch.cuda.device_count():
+            raise ConfigError(f"train.device={wanted}: there are {torch.cuda.device_count()} CUDA devices")
+        torch.cuda.set_device(device)
+    return device
+
+
+def resolve_dtype(config: Config, device: torch.device) -> Config:
+    """The configuration with `train.dtype` decided, so that what is written down reproduces the run."""
+    on_device = dataclasses.replace(config.train, device=device.type)
+    dtype = "bf16" if planned_dtype(dataclasses.replace(config, train=on_device)) == torch.bfloat16 else "fp32"
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=dtype))
+
+
+def training_dtype(config: Config) -> torch.dtype:
+    """bfloat16 or float32."""
+    return torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+
+
+# ---------------------------------------------------------------- the model's shape
+
+
+def check_model(config: Config) -> None:
+    """Builds the converted model on the meta device: rank, patterns and architecture are checked without weights."""
+    file, description = describe_model(config)
+    if description.get("quantization_config"):
+        raise ConfigError(f"model.path={config.model.path}: {file} says it is quantized already; give full precision")
+    model_config, _ = model_description(config)
+    build_meta(model_config, config.loqt, dtype=training_dtype(config), attention=config.model.attention)
+    if config.model.path is not None:
+        checkpoint_files(config.model.path)(build_empty(model_config, attention=config.model.attention))
+
+
+def configure_model(config: Config, tokenizer: Tokenizer) -> Any:
+    """The transformers configuration with the vocabulary of the run. Raises ConfigError if tokenizer and model do not
+    fit."""
+    wanted = config.model.vocab_size
+    auto = -(-tokenizer.vocab_size // 64) * 64 if wanted == "auto" else None
+    model_config, _ = model_description(config, vocab_size=auto)
+    rows = int(model_config.vocab_size)
+    if tokenizer.vocab_size > rows:
+        remedy = "use the model's own tokenizer" if config.model.path else "set model.vocab_size=auto"
+        raise ConfigError(
+            f"data.tokenizer={config.data.tokenizer} has {tokenizer.vocab_size} ids, the model's vocabulary has {rows} "
+            f"(model.vocab_size={wanted}): they do not fit; {remedy}"
+        )
+    if config.model.path is not None and tokenizer.vocab_size < 0.9 * rows:
+        raise ConfigError(
+            f"data.tokenizer={config.data.tokenizer} has {tokenizer.vocab_size} ids, model.path={config.model.path} was "
+            f"trained with {rows}: they do not fit; use the model's own tokenizer"
+        )
+    if config.model.path is None:
+        model_config.eos_token_id = tokenizer.eot_id
+        model_config.bos_token_id = None
+        model_config.pad_token_id = tokenizer.pad_id
+    return model_config
+
+
+# ---------------------------------------------------------------- where the run lives
+
+
+def choose_directory(config: Config, say: Say) -> Path:
+    """`output_dir`, or the next free runs/NAME-NNNN; with checkpoint.resume=auto and no output_dir, the newest one.
+
+    Raises ConfigError if a given directory holds something and the run is not to go on.
+    """
+    resume = config.checkpoint.resume
+    if config.output_dir is None:
+        runs = Path("runs").absolute()
+        taken = [
+            int(m[1])
+            for p in runs.glob(f"{config.name}-*")
+            if (m := re.fullmatch(rf"{re.escape(config.name)}-(\d+)", p.name))
+        ]
+        if resume == "auto":
+            for number in sorted(taken, reverse=True):
+                directory = runs / f"{config.name}-{number:04d}"
+                if (directory / "checkpoints").is_dir():
+                    return directory
+            say(f"checkpoint.resume=auto: there is no run named {config.name} in {runs}; starting one")
+        return runs / f"{config.name}-{max(taken, default=0) + 1:04d}"
+    directory = Path(config.output_dir)
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"output_dir={directory} is a file; give a directory")
+    if directory.is_dir() and any(directory.iterdir()) and resume != "auto":
+        what = "a run" if (directory / "config.yaml").exists() or (directory / "checkpoints").exists() else "files"
+        raise ConfigError(
+            f"output_dir={directory} holds {what} already; set checkpoint.resume=auto to go on with it, or give another "
+            "directory"
+        )
+    return directory
+
+
+def _make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"output_dir={directory} cannot be written ({error.strerror}); give another one") from error
+
+
+def choose_checkpoint(config: Config, directory: Path, say: Say) -> Checkpoint | None:
+    """The checkpoint to go on from, verified; None for a fresh run.
+
+    Raises CheckpointError if it is damaged or was made with options that change what a step computes.
+    """
+    path = find_checkpoint(directory / "checkpoints", config.checkpoint.resume, say=say)
+    if path is None:
+        return None
+    checkpoint = load_checkpoint(path, verify=False)  # find_checkpoint has just verified it
+    compare_options(checkpoint, config, say)
+    return checkpoint
+
+
+def compare_options(checkpoint: Checkpoint, config: Config, say: Say) -> None:
+    """Refuses options that differ from the checkpoint's; a longer or shorter run is allowed and said."""
+    saved, given = _flatten(checkpoint.metadata["config"]), _flatten(config.to_dict())
+    for name in sorted(saved.keys() | given.keys()):
+        before, now = saved.get(name), given.get(name)
+        if before == now or name.startswith(_FREE_ON_RESUME):
+            continue
+        if name == "train.max_steps":
+            say(f"train.max_steps was {before} and is {now}: the learning rate follows the new length")
+            continue
+        raise CheckpointError(
+            f"{name}={now} differs from {name}={before} of {checkpoint.path}, which belongs to another run or model; "
+            f"go on with `{name}={before}`, or start a new run"
+        )
+
+
+def _flatten(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+# ---------------------------------------------------------------- model and engine
+
+
+def say_plan(config: Config, model_config: Any, device: torch.device, say: Say) -> None:
+    """One line on the memory the run will need, and a warning if the device has less."""
+    planned = plan(config, vocab_size=int(model_config.vocab_size))
+    say(f"planned memory: {planned.total_gib:.2f} GiB (details: python -m loqt_ds.memory --config THIS_CONFIG)")
+    if device.type == "cuda":
+        available = torch.cuda.get_device_properties(device).total_memory / 2**30
+        if planned.total_gib > available:
+            say(f"warning: {device} has {available:.2f} GiB; lower train.micro_batch_size")
+
+
+def load_model(
+    config: Config, model_config: Any, device: torch.device, *, resumed: bool, say: Say
+) -> tuple[nn.Module, Callable[[str], Tensor]]:
+    """The converted model on its device, and where the original weights can be had for the first initialization."""
+    make_source = initializer(config.train.seed) if config.model.path is None else checkpoint_files(config.model.path)
+    dtype, attention = training_dtype(config), config.model.attention
+    if resumed:
+        model = materialize_zeros(build_meta(model_config, config.loqt, dtype=dtype, attention=attention), device)
+        original = _LazySource(lambda: make_source(build_empty(model_config, attention=attention)))
+    else:
+        say("drawing weights" if config.model.path is None else f"reading weights from {config.model.path}")
+        model, source = build_model(
+            model_config, config.loqt, make_source, device=device, dtype=dtype, attention=attention
+        )
+        original = _LazySource(lambda: source)
+    if config.train.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"trained parameters: {trained:,}; adapted weights in {config.loqt.quantize_w}")
+    return model, original
+
+
+class _LazySource:
+    """Original weights, from a source made when the first is asked for: a run that goes on asks for none."""
+
+    def __init__(self, make: Callable[[], WeightSource]) -> None:
+        self._make, self._source = make, None  # type: ignore[var-annotated]
+
+    def __call__(self, name: str) -> Tensor:
+        if self._source is None:
+            self._source = self._make()
+        return self._source.weight(name)
+
+
+def build_engine(
+    config: Config, model: nn.Module, ds_config: dict[str, Any] | None, original: Callable[[str], Tensor]
+) -> Engine:
+    """DeepSpeed with a DeepSpeed configuration, else one device."""
+    if ds_config is None:
+        return SingleEngine(model, config, original=original)
+    from loqt_ds.engines.deepspeed import LoQTEngine, start_distributed
+
+    start_distributed()
+    return LoQTEngine(model, config, ds_config, original=original)
+
+
+def quiet_libraries() -> None:
+    """Keeps what other packages print at import and on every load out of a run's output; warnings stay."""
+    import logging
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # an optional kernel that is never used here
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]

@@ -1,0 +1,76 @@
+"""Command line: `python -m loqt_ds.train [--config RECIPE] [section.field=value ...]`.
+
+Parse, build, train, finish. `launch/pretrain.py` calls the same `main` with a DeepSpeed configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from loqt_ds.config import find_config_file, help_text, load_config
+from loqt_ds.trainer import Interrupted, TrainingFailed
+
+USAGE_ERROR, FAILED = 2, 1
+
+
+def parse(arguments: Sequence[str] | None, *, deepspeed: bool) -> argparse.Namespace:
+    """--config, overrides, and --ds_config where DeepSpeed runs."""
+    parser = argparse.ArgumentParser(
+        prog="launch/pretrain.py" if deepspeed else "python -m loqt_ds.train",
+        description="Train a language model with LoQT: 4-bit weights, low-rank factors, merged at growing intervals.",
+        epilog=help_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config",
+        default="default",
+        help="a recipe: a name in configs/recipes/ or the path of a YAML file (default: %(default)s)",
+    )
+    if deepspeed:
+        parser.add_argument("--ds_config", required=True, help="DeepSpeed configuration, such as configs/zero2.json")
+        parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="options of the recipe to change")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None, *, deepspeed: bool = False) -> int:
+    """Returns the exit status: 0, 1 (training failed), 2 (a mistake in the request), 128 + n (signal n)."""
+    options = parse(arguments, deepspeed=deepspeed)
+    try:
+        path = (
+            options.config
+            if options.config.endswith((".yaml", ".yml"))
+            else find_config_file("recipes", options.config)
+        )
+        config = load_config(path, options.overrides)
+        from loqt_ds.run import choose_device, prepare, quiet_libraries, resolve_dtype
+
+        quiet_libraries()
+        ds_config = None
+        if deepspeed:
+            from loqt_ds.engines.deepspeed import check_deepspeed
+
+            ds_config = check_deepspeed(options.ds_config, resolve_dtype(config, choose_device(config)))
+        run = prepare(config, ds_config=ds_config)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    try:
+        with run.logger:
+            trained = run.trainer.fit()
+            from loqt_ds.finish import finish
+
+            finish(run, trained, say=run.logger.say)
+    except TrainingFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except Interrupted as error:
+        print(str(error), file=sys.stderr)
+        return 128 + error.signum
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
