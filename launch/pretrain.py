@@ -1,4 +1,7 @@
-"""What `deepspeed` is pointed at: `deepspeed launch/pretrain.py --ds_config configs/zero2.json [section.field=value ...]`."""
+"""What `deepspeed` is pointed at.
+
+    deepspeed launch/pretrain.py --ds_config configs/zero2.json [--config RECIPE] [section.field=value ...]
+"""
 
 import sys
 

@@ -177,8 +177,8 @@ def configure_model(config: Config, tokenizer: Tokenizer) -> Any:
         )
     if config.model.path is not None and tokenizer.vocab_size < 0.9 * rows:
         raise ConfigError(
-            f"data.tokenizer={config.data.tokenizer} has {tokenizer.vocab_size} ids, model.path={config.model.path} was "
-            f"trained with {rows}: they do not fit; use the model's own tokenizer"
+            f"data.tokenizer={config.data.tokenizer} has {tokenizer.vocab_size} ids, model.path={config.model.path} "
+            f"was trained with {rows}: they do not fit; use the model's own tokenizer"
         )
     if config.model.path is None:
         model_config.eos_token_id = tokenizer.eot_id
@@ -216,8 +216,8 @@ def choose_directory(config: Config, say: Say) -> Path:
     if directory.is_dir() and any(directory.iterdir()) and resume != "auto":
         what = "a run" if (directory / "config.yaml").exists() or (directory / "checkpoints").exists() else "files"
         raise ConfigError(
-            f"output_dir={directory} holds {what} already; set checkpoint.resume=auto to go on with it, or give another "
-            "directory"
+            f"output_dir={directory} holds {what} already; set checkpoint.resume=auto to go on with it, or give "
+            "another directory"
         )
     return directory
 

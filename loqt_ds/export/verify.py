@@ -317,19 +317,3 @@ class _Reference:
         """(rows, columns, vocabulary) float32."""
         self._merged = merged
         return self._model(input_ids=tokens).logits.float()
-
-
-def load_export(directory: Path, *, device: str) -> nn.Module:
-    """The exported model as transformers loads it, ready for use on `device`.
-
-    On a CPU, matrices that bitsandbytes 0.50.2 dequantizes wrongly there (DEEPSPEED.md of the design) are computed from
-    their codes instead.
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    model = _reload(directory, device)
-    for name, module in model.named_modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False  # it would repack its weight and fail at odd widths
-            _patch_where_wrong(name, module)
-    return model.eval()
