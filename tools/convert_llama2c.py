@@ -2,8 +2,8 @@
 
     python tools/convert_llama2c.py --model stories260K.bin --tokenizer tok512.model --output stories260K
 
-The file (karpathy/llama2.c, `legacy_export`): seven little-endian int32 (dim, hidden_dim, n_layers, n_heads, n_kv_heads,
-vocab_size, seq_len), then float32 tensors, each stacked over layers:
+The file (karpathy/llama2.c, `legacy_export`): seven little-endian int32 (dim, hidden_dim, n_layers, n_heads,
+n_kv_heads, vocab_size, seq_len), then float32 tensors, each stacked over layers:
 
     tok_embeddings, attention_norm, wq, wk, wv, wo, ffn_norm, w1, w2, w3, norm, rope_cos, rope_sin [, output]
 
