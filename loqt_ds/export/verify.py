@@ -17,15 +17,20 @@ import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from loqt_ds.export.pack import WeightFormat
+from loqt_ds.core.quantization import BLOCKSIZE, Packed, dequantize
+from loqt_ds.export.pack import EXPORT_DTYPE, WeightFormat, from_tensors, merge_error
 from loqt_ds.export.report import ExportError, Verification
 from loqt_ds.export.writer import WrittenWeights
+from loqt_ds.method.conversion import build_empty, tie_weights
 from loqt_ds.method.linear import LoQTLinear
 
 # bf16 has 8 bits; kernels that add in another order differ by that much in each layer. A wrong dequantization differs
@@ -127,3 +132,188 @@ def _quiet_transformers():
     finally:
         if was_enabled:
             logging.enable_progress_bar()
+
+
+def load_export(directory: Path, *, device: str = "cpu") -> nn.Module:
+    """The exported model as transformers loads it, in eval mode, with the layers put right that a CPU gets wrong.
+
+    Those are the layers that the module's docstring speaks of; on a GPU nothing is changed.
+
+    Raises:
+        ExportError: transformers cannot load the directory, or bitsandbytes dequantizes it wrongly on a GPU.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    model = _reload(Path(directory), device)
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            _put_right(name, module)
+    return model
+
+
+def _reload(directory: Path, device: str) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with _quiet_transformers():
+            # A pair, because of output_loading_info; its annotation does not say so.
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                directory, device_map={"": device}, output_loading_info=True, local_files_only=True
+            )
+    except Exception as error:  # whatever transformers raises, the export does not load
+        raise ExportError(f"transformers cannot load the export: {type(error).__name__}: {error}") from error
+    model, info = loaded
+    problems = {key: sorted(map(str, names)) for key, names in info.items() if names}
+    if problems:
+        raise ExportError(f"transformers loads the export with {problems}; the tensor names do not fit the model")
+    return model.eval()
+
+
+class _StoredTensors:
+    """Tensors of the written files, read when asked for."""
+
+    def __init__(self, directory: Path, weight_map: Mapping[str, str]):
+        self._directory, self._weight_map = directory, weight_map
+        self.names = sorted(weight_map)
+
+    def get(self, name: str) -> Tensor:
+        with safe_open(self._directory / self._weight_map[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def of_weight(self, layer_name: str) -> dict[str, Tensor]:
+        """All tensors of one adapted weight, by key relative to the module."""
+        prefix = f"{layer_name}."
+        own = [name for name in self.names if name == f"{prefix}weight" or name.startswith(f"{prefix}weight.")]
+        return {name.removeprefix(prefix): self.get(name) for name in own}
+
+
+# ------------------------------------------------------------------------------------------------- comparing tensors
+
+
+def _compare_tensors(reloaded: nn.Module, stored: _StoredTensors, expected: Expected) -> list[str]:
+    """Compare everything stored with what the reloaded model holds; returns the layers that had to be patched."""
+    patched = []
+    adapted = expected.layers if expected.weight_format.quant_type is not None else {}
+    for name, layer in adapted.items():
+        module = reloaded.get_submodule(name)
+        problem = _compare_quantized(module, stored.of_weight(name), expected.weight_format, layer.weight_shape)
+        if problem:
+            raise ExportError(f"{name} of the reloaded model {problem}")
+        if _put_right(name, module):
+            patched.append(name)
+    own = reloaded.state_dict()
+    quantized = tuple(f"{name}.weight" for name in adapted)
+    for name in stored.names:
+        if not name.startswith(quantized) or not quantized:
+            wanted = stored.get(name)
+            if name not in own or own[name].dtype != wanted.dtype or not torch.equal(own[name].cpu(), wanted):
+                raise ExportError(f"{name} of the reloaded model is not what was stored")
+    return patched
+
+
+def _compare_quantized(
+    module: nn.Module, tensors: Mapping[str, Tensor], weight_format: WeightFormat, shape: tuple[int, int]
+) -> str | None:
+    """What is wrong with a reloaded 4-bit layer, or None."""
+    from bitsandbytes.nn import Linear4bit
+
+    if not isinstance(module, Linear4bit):
+        return f"is {type(module).__name__} and not Linear4bit"
+    weight: Any = module.weight
+    state = weight.quant_state
+    if (state.quant_type, state.blocksize, tuple(state.shape)) != (weight_format.quant_type, BLOCKSIZE, shape):
+        return f"has type {state.quant_type}, blocksize {state.blocksize}, shape {tuple(state.shape)}"
+    held = {"weight": weight.data, "weight.absmax": state.absmax, "weight.quant_map": state.code}
+    if weight_format.double_quant:
+        held |= {"weight.nested_absmax": state.state2.absmax, "weight.nested_quant_map": state.state2.code}
+    for key, tensor in held.items():
+        if tensor.dtype != tensors[key].dtype or not torch.equal(tensor.cpu().view(-1), tensors[key].view(-1)):
+            return f"has another {key} than was stored"
+    return None
+
+
+def _table_lookup(module: Any) -> Tensor:
+    """The weight (out, in) float32 of a Linear4bit, from its codes, table and scales alone."""
+    state, codes = module.weight.quant_state, module.weight.data.view(-1)
+    num_values = state.shape.numel()
+    absmax = state.absmax
+    if state.nested:
+        inner = state.state2
+        absmax = inner.code[absmax.long()] * inner.absmax.repeat_interleave(inner.blocksize)[: absmax.numel()]
+        absmax = absmax + state.offset
+    nibbles = torch.stack((codes >> 4, codes & 15), dim=1).view(-1)[:num_values]
+    values = state.code[nibbles.int()]
+    return (values * absmax.repeat_interleave(state.blocksize)[:num_values]).view(state.shape)
+
+
+def _put_right(name: str, module: Any) -> bool:
+    """Where bitsandbytes dequantizes a reloaded layer wrongly, compute it from its codes; True if that was needed."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    # With AVX512-BF16 the layer would repack its weight at its first forward and fail at odd widths.
+    module.support_avx512bf16_for_cpu = False
+    wanted = _table_lookup(module)
+    actual = dequantize_4bit(module.weight.data, module.weight.quant_state)
+    difference = _relative_difference(actual.float(), wanted)
+    if difference < 0.01:  # bf16 rounding is 0.002, the error looked for 0.2
+        return False
+    width = module.in_features
+    if not (actual.device.type == "cpu" and width % 16 == 0 and width % 64 != 0):
+        raise ExportError(f"bitsandbytes dequantizes {name} with a relative error of {difference:.3f}")
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, _table_lookup(self).to(x.dtype), self.bias)
+
+    module.forward = MethodType(forward, module)
+    return True
+
+
+# ------------------------------------------------------------------------------------------------- the reference
+
+
+class _Reference:
+    """The model as it should compute, in bf16: exported weights, or merged ones before they were quantized."""
+
+    def __init__(self, expected: Expected, stored: _StoredTensors, device: str):
+        self._expected, self._stored = expected, stored
+        self._device = torch.device(device)
+        self._merged = False
+        model = build_empty(expected.model_config)
+        for name in expected.layers:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, _ReferenceLinear(partial(self._weight, name)))
+        for name, tensor in expected.dense.items():
+            parent, _, child = name.rpartition(".")
+            value = tensor.detach().to(self._device, EXPORT_DTYPE if tensor.is_floating_point() else tensor.dtype)
+            module = model.get_submodule(parent)
+            if child in module._buffers:
+                module._buffers[child] = value
+            else:
+                setattr(module, child, nn.Parameter(value, requires_grad=False))
+        tie_weights(model)
+        left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        assert not left, f"the reference model lacks {left}"
+        self._model = model.to(self._device).eval()
+
+    def _weight(self, name: str) -> Tensor:
+        layer, weight_format = self._expected.layers[name], self._expected.weight_format
+        packed = {key: value.to(layer.B.device) for key, value in self._packed(name).items()}
+        if not self._merged:
+            return dequantize(packed, layer.weight_shape, weight_format.spec, dtype=EXPORT_DTYPE).to(self._device)
+        factor = self._expected.factors.get(name)
+        merged = layer.effective_weight(factor if factor is None else factor.to(layer.B.device, torch.float32))
+        found, meant = merge_error(merged, packed, weight_format), self._expected.merge_errors[name]
+        if abs(found - meant) > 1e-5 + 1e-3 * meant:
+            raise ExportError(
+                f"{name} reads back with a merge error of {found:.4f} instead of {meant:.4f}: its files hold another "
+                "weight than was merged"
+            )
+        return merged.to(self._device)
+
+    def _packed(self, name: str) -> Packed:
+        return from_tensors(self._stored.of_weight(name), self._expected.weight_format)
+
+    def logits(self, tokens: Tensor, *, merged: bool) -> Tensor:
+        """(rows, columns, vocabulary) float32."""
+        self._merged = merged
+        return self._model(input_ids=tokens).logits.float()
