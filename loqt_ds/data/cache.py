@@ -93,6 +93,7 @@ def entry(cache: Path, kind: str, key: str, build: Callable[[Path], None], say: 
             shutil.rmtree(final)
         _remove_stale(final)
         work = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=final.parent))
+        work.chmod(0o755)  # mkdtemp makes it private, but several users may share a cache
         try:
             build(work)
             (work / COMPLETE).write_text(json.dumps(_sizes(work)))
