@@ -15,7 +15,7 @@ from loqt_ds.evaluation import Evaluation, evaluate
 from loqt_ds.export import export_model, load_export
 from loqt_ds.run import Run
 
-Say = Callable[[str], object]
+Say = Callable[[str], None]
 
 
 def finish(run: Run, trained: Evaluation, *, say: Say) -> None:

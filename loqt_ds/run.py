@@ -36,11 +36,20 @@ from loqt_ds.method.conversion import (
 from loqt_ds.metrics import MetricsLogger
 from loqt_ds.trainer import Trainer
 
-Say = Callable[[str], object]
+Say = Callable[[str], None]
 
 # Options that may differ when a run goes on: they do not change what a step computes.
-_FREE_ON_RESUME = ("checkpoint.", "logging.", "eval.", "export.", "output_dir", "name", "train.device")
-_FREE_ON_RESUME += ("data.cache_dir", "data.num_processes")
+_FREE_ON_RESUME = (
+    "checkpoint.",
+    "logging.",
+    "eval.",
+    "export.",
+    "output_dir",
+    "name",
+    "train.device",
+    "data.cache_dir",
+    "data.num_processes",
+)
 
 
 @dataclass
@@ -139,8 +148,8 @@ def choose_device(config: Config) -> torch.device:
 def resolve_dtype(config: Config, device: torch.device) -> Config:
     """The configuration with `train.dtype` decided, so that what is written down reproduces the run."""
     on_device = dataclasses.replace(config.train, device=device.type)
-    dtype = "bf16" if planned_dtype(dataclasses.replace(config, train=on_device)) == torch.bfloat16 else "fp32"
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=dtype))
+    bf16 = planned_dtype(dataclasses.replace(config, train=on_device)) == torch.bfloat16
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, dtype="bf16" if bf16 else "fp32"))
 
 
 def training_dtype(config: Config) -> torch.dtype:
@@ -310,7 +319,8 @@ class _LazySource:
     """Original weights, from a source made when the first is asked for: a run that goes on asks for none."""
 
     def __init__(self, make: Callable[[], WeightSource]) -> None:
-        self._make, self._source = make, None  # type: ignore[var-annotated]
+        self._make = make
+        self._source: WeightSource | None = None
 
     def __call__(self, name: str) -> Tensor:
         if self._source is None:
