@@ -292,7 +292,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{options.output}: {header}")
-    print(f"train it further with model.path={options.output} data.tokenizer={options.output}")
+    print(
+        "train it further: python -m loqt_ds.train model.shape=null model.vocab_size=null "
+        f"model.path={options.output} data.tokenizer={options.output} data.path=YOUR_TEXT"
+    )
     return 0
 
 

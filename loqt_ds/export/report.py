@@ -42,7 +42,7 @@ class Verification:
     logits_relative_difference: float
     """The same, ‖difference‖ / ‖logits‖."""
     merged_logits_relative_difference: float
-    """‖difference‖ / ‖logits‖ of the reloaded model against the merged model before it was quantized."""
+    """‖difference‖ / ‖logits‖ of the reloaded bf16 model against the merged model in float32."""
     patched_layers: list[str] = field(default_factory=list)
     """Layers whose dequantization bitsandbytes gets wrong on a CPU, computed from their codes instead."""
 
@@ -88,10 +88,10 @@ class ExportReport:
     def summary_lines(self) -> list[str]:
         """A few lines for a person."""
         worst = self.worst_layer
+        size = f"{self.num_bytes / GIB:.2f} GiB" if self.num_bytes >= GIB else f"{self.num_bytes / 2**20:.1f} MiB"
         shards = f"{self.num_shards} file{'s' if self.num_shards > 1 else ''}"
         lines = [
-            f"exported {len(self.layers)} adapted matrices as {worst.exported_as}: {self.num_bytes / GIB:.3f} GiB in "
-            f"{shards}",
+            f"exported {len(self.layers)} adapted matrices as {worst.exported_as}: {size} in {shards}",
             f"merge error ‖W_eff − exported‖/‖W_eff‖: mean {self.mean_merge_error:.4f}, "
             f"worst {worst.merge_error:.4f} ({worst.name})",
         ]
@@ -102,5 +102,5 @@ class ExportReport:
             *lines,
             f"reloaded with transformers on {check.device}: logits differ by {check.logits_max_difference:.2e} at most "
             f"({check.logits_relative_difference:.1e} relative) from those of the exported weights, and by "
-            f"{check.merged_logits_relative_difference:.1e} relative from those of the merged model before rounding",
+            f"{check.merged_logits_relative_difference:.1e} relative from those of the merged model in float32",
         ]

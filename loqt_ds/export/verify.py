@@ -84,9 +84,8 @@ def verify_export(directory: Path, written: WrittenWeights, expected: Expected) 
     tokens = _random_tokens(expected.model_config, device)
     actual = reloaded(input_ids=tokens).logits.float()
     del reloaded
-    reference = _Reference(expected, stored, device)
-    wanted = reference.logits(tokens, merged=False)
-    merged = reference.logits(tokens, merged=True)
+    wanted = _Reference(expected, stored, device, merged=False).logits(tokens)
+    merged = _Reference(expected, stored, device, merged=True).logits(tokens)
     if not torch.isfinite(actual).all():
         raise ExportError("the reloaded model computes logits that are not finite")
     relative = _relative_difference(actual, wanted)
@@ -272,19 +271,20 @@ def _put_right(name: str, module: Any) -> bool:
 
 
 class _Reference:
-    """The model as it should compute, in bf16: exported weights, or merged ones before they were quantized."""
+    """The model as it should compute: exported weights in bf16, or merged ones in float32, before they were rounded."""
 
-    def __init__(self, expected: Expected, stored: _StoredTensors, device: str):
+    def __init__(self, expected: Expected, stored: _StoredTensors, device: str, *, merged: bool):
         self._expected, self._stored = expected, stored
         self._device = torch.device(device)
-        self._merged = False
+        self._merged = merged
+        dtype = torch.float32 if merged else EXPORT_DTYPE
         model = build_empty(expected.model_config)
         for name in expected.layers:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, _ReferenceLinear(partial(self._weight, name)))
         for name, tensor in expected.dense.items():
             parent, _, child = name.rpartition(".")
-            value = tensor.detach().to(self._device, EXPORT_DTYPE if tensor.is_floating_point() else tensor.dtype)
+            value = tensor.detach().to(self._device, dtype if tensor.is_floating_point() else tensor.dtype)
             module = model.get_submodule(parent)
             if child in module._buffers:
                 module._buffers[child] = value
@@ -313,7 +313,6 @@ class _Reference:
     def _packed(self, name: str) -> Packed:
         return from_tensors(self._stored.of_weight(name), self._expected.weight_format)
 
-    def logits(self, tokens: Tensor, *, merged: bool) -> Tensor:
+    def logits(self, tokens: Tensor) -> Tensor:
         """(rows, columns, vocabulary) float32."""
-        self._merged = merged
         return self._model(input_ids=tokens).logits.float()

@@ -262,6 +262,7 @@ def test_a_stranger_computes_the_logits_of_the_merged_model(tmp_path: Path, quan
     check = report.verification
     assert check.logits_relative_difference < 1e-3 and not check.patched_layers
     assert check.merged_logits_relative_difference == pytest.approx(relative(actual, merged_logits), rel=0.5)
+    assert check.merged_logits_relative_difference > 10 * check.logits_relative_difference
 
 
 def test_the_training_model_itself_is_what_is_merged(tmp_path: Path) -> None:
@@ -272,6 +273,7 @@ def test_the_training_model_itself_is_what_is_merged(tmp_path: Path) -> None:
     assert {layer.side for layer in loqt_layers(model).values()} == {"left", "right"}
     actual = logits_of_a_stranger(tmp_path / "out", tmp_path)
     # Rounding to bf16 only.
+    assert 0.001 < report.verification.merged_logits_relative_difference < 0.02
     assert relative(actual, logits(model)) < 0.02
     tensors = stored_tensors(tmp_path / "out")
     merged_twin(model, config).bfloat16().save_pretrained(tmp_path / "theirs")
