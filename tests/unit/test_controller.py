@@ -204,7 +204,7 @@ def test_a_sketch_with_a_moment_captures_what_svd_captures():
 
 
 def test_a_first_sketch_has_no_moment_and_takes_twice_the_columns():
-    f = Fixture(subspace="sketch", sketch_oversampling=8, quantize_p="none")
+    f = Fixture(subspace="sketch", sketch_oversampling=2, quantize_p="none")
     f.fill_moments()  # of a step that had no P: they say nothing about the gradient
     widths: dict[str, int] = {}
     original = Controller.gradient_complete
@@ -218,13 +218,14 @@ def test_a_first_sketch_has_no_moment_and_takes_twice_the_columns():
     f.controller.gradient_complete = spy.__get__(f.controller)
     gradients = f.dense_gradients([f.inputs(0)])
     f.step(0)
-    assert set(widths.values()) == {2 * RANK + 2}  # rank + max(rank, oversampling)
+    assert set(widths.values()) == {2 * RANK}
     for name, layer in f.layers.items():
         matrix = canonical(layer, gradients[name])
-        assert energy(matrix, projector(layer)) > 0.85 * energy(matrix, top_projector(matrix, RANK))
+        # A flat spectrum and no power iteration: 0.73 of the best; a random basis has 0.2 of it.
+        assert energy(matrix, projector(layer)) > 0.6 * energy(matrix, top_projector(matrix, RANK))
     f.fill_moments()
     f.step(2)
-    assert set(widths.values()) == {RANK + 8}
+    assert set(widths.values()) == {RANK + 2}
 
 
 def test_a_sketch_is_linear_in_the_micro_batches():

@@ -137,7 +137,7 @@ def test_losses_are_those_of_plain_training(subspace, layerwise, tied):
                 bases[name] = (p.clone(), layer.side == "right")
             reference.set_bases(bases)
 
-    assert losses == pytest.approx(expected, rel=1e-5)
+    assert losses == pytest.approx(expected, rel=2e-6)  # measured: 2e-7
     assert expected[-1] < expected[0] - 0.5  # something was learnt
     for name, layer in layers.items():
         assert relative(layer.effective_weight(), dense.get_submodule(name).weight) < 1e-4
