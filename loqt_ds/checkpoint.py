@@ -245,21 +245,10 @@ def save_checkpoint(
         root.mkdir(parents=True, exist_ok=True)
         _clean(root)
         stored, aliases = _without_aliases(tensors)
-        check_free_space(
-            root,
-            len(encoded)
-            + sum(tensor.numel() * tensor.element_size() for group in stored.values() for tensor in group.values())
-            + sum(path.stat().st_size for source in directories.values() for path in _files_of(source)),
-            what=f"the checkpoint of step {step}",
-        )
+        check_free_space(root, _num_bytes(encoded, stored, directories), what=f"the checkpoint of step {step}")
         temporary.mkdir()
         try:
-            files = {METADATA_FILE: write_bytes(temporary / METADATA_FILE, encoded)}
-            for group, members in stored.items():
-                name = f"{group}.safetensors"
-                files[name] = write_safetensors(temporary / name, members, metadata={"format": "pt"})
-            for name, source in directories.items():
-                files |= _copy_directory(source, temporary, name)
+            files = _write_parts(temporary, encoded, stored, directories)
             manifest = {
                 "format": FORMAT,
                 "format_version": FORMAT_VERSION,
@@ -284,6 +273,32 @@ def save_checkpoint(
         ) from error
     _rotate(root, keep=keep, newest=final)
     return final
+
+
+def _num_bytes(metadata: bytes, stored: Mapping[str, Mapping[str, Tensor]], directories: Mapping[str, Path]) -> int:
+    tensors = (tensor for group in stored.values() for tensor in group.values())
+    files = (path for source in directories.values() for path in _files_of(source))
+    return (
+        len(metadata)
+        + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        + sum(path.stat().st_size for path in files)
+    )
+
+
+def _write_parts(
+    temporary: Path,
+    metadata: bytes,
+    stored: Mapping[str, Mapping[str, Tensor]],
+    directories: Mapping[str, Path],
+) -> dict[str, dict[str, Any]]:
+    """Write everything but the manifest; returns its entries for the files."""
+    files = {METADATA_FILE: write_bytes(temporary / METADATA_FILE, metadata)}
+    for group, members in stored.items():
+        name = f"{group}.safetensors"
+        files[name] = write_safetensors(temporary / name, members, metadata={"format": "pt"})
+    for name, source in directories.items():
+        files |= _copy_directory(source, temporary, name)
+    return files
 
 
 def _check_request(

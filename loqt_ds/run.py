@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -338,15 +337,3 @@ def build_engine(
 
     start_distributed()
     return LoQTEngine(model, config, ds_config, original=original)
-
-
-def quiet_libraries() -> None:
-    """Keeps what other packages print at import and on every load out of a run's output; warnings stay."""
-    import logging
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # an optional kernel that is never used here
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]

@@ -6,13 +6,24 @@ Parse, build, train, finish. `launch/pretrain.py` calls the same `main` with a D
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import sys
 from collections.abc import Sequence
 
-from loqt_ds.config import find_config_file, help_text, load_config
-from loqt_ds.trainer import Interrupted, TrainingFailed
+from loqt_ds.config import help_text, load_config
 
 USAGE_ERROR, FAILED = 2, 1
+
+
+def set_environment() -> None:
+    """What has to be decided before torch and the others are imported; what the user has set stays."""
+    # Threads that spin while they wait make a CPU run several times slower as soon as anything else runs beside it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional kernel that is not used here
 
 
 def parse(arguments: Sequence[str] | None, *, deepspeed: bool) -> argparse.Namespace:
@@ -38,16 +49,11 @@ def parse(arguments: Sequence[str] | None, *, deepspeed: bool) -> argparse.Names
 def main(arguments: Sequence[str] | None = None, *, deepspeed: bool = False) -> int:
     """Returns the exit status: 0, 1 (training failed), 2 (a mistake in the request), 128 + n (signal n)."""
     options = parse(arguments, deepspeed=deepspeed)
+    set_environment()
     try:
-        path = (
-            options.config
-            if options.config.endswith((".yaml", ".yml"))
-            else find_config_file("recipes", options.config)
-        )
-        config = load_config(path, options.overrides)
-        from loqt_ds.run import choose_device, prepare, quiet_libraries, resolve_dtype
+        config = load_config(options.config, options.overrides)
+        from loqt_ds.run import choose_device, prepare, resolve_dtype
 
-        quiet_libraries()
         ds_config = None
         if deepspeed:
             from loqt_ds.engines.deepspeed import check_deepspeed
@@ -57,11 +63,12 @@ def main(arguments: Sequence[str] | None = None, *, deepspeed: bool = False) -> 
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR
+    from loqt_ds.finish import finish
+    from loqt_ds.trainer import Interrupted, TrainingFailed
+
     try:
         with run.logger:
             trained = run.trainer.fit()
-            from loqt_ds.finish import finish
-
             finish(run, trained, say=run.logger.say)
     except TrainingFailed as error:
         print(f"error: {error}", file=sys.stderr)

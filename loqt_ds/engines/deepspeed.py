@@ -139,7 +139,8 @@ def _derived(given: dict[str, Any], config: Config, file: Path) -> dict[str, Any
 
 def start_distributed() -> None:
     """Joins the process group of the launcher; without one, makes a group of one process."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Its warnings about this engine's choices (an optimizer "untested" with ZeRO) are answered in this module.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

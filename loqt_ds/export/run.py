@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,8 @@ from loqt_ds.checkpoint import (
     CheckpointError,
     check_free_space,
     find_checkpoint,
-    fsync_directory,
     load_checkpoint,
+    write_json,
 )
 from loqt_ds.config import from_dict
 from loqt_ds.export import writer
@@ -73,35 +71,15 @@ def export_model(
     output_dir = Path(output_dir)
     _check_options(format, double_quant, max_shard_size_gib)
     writer.refuse_existing(output_dir)
-    layers = loqt_layers(model)
-    if not layers:
-        raise ExportError("the model has no LoQT layer; save it with transformers' save_pretrained instead")
-    masters = masters or {}
-    all_factors = {name: layers[name].canonical(masters[f"{name}.B"]) for name in layers if f"{name}.B" in masters}
-    all_factors |= factors or {}
-    weight_format, notes = _weight_format(layers, format, double_quant)
-    expected = Expected(
-        model_config=model_config,
-        weight_format=weight_format,
-        layers=layers,
-        factors=all_factors,
-        dense=_dense_tensors(model, layers, masters),
-        merge_errors={},
-    )
+    expected, notes = _expected(model, model_config, format, double_quant, factors or {}, masters or {})
     reports: list[LayerReport] = []
     units = _units(expected, reports)
     try:
-        temporary = writer.temporary_directory(output_dir)
-        try:
-            check_free_space(
-                temporary, sum(unit.num_bytes for unit in units), what="the export", remedy="or give another --output"
-            )
+        with writer.complete_or_nothing(output_dir) as temporary:
+            num_bytes = sum(unit.num_bytes for unit in units)
+            check_free_space(temporary, num_bytes, what="the export", remedy="or give another --output")
             written = writer.write_weights(temporary, units, int(max_shard_size_gib * GIB))
-            skip = writer.skipped_modules(model, layers)
-            architecture = type(model).__name__
-            config_json = writer.model_config_json(
-                model_config, architecture=architecture, weight_format=weight_format, skip=skip
-            )
+            config_json = writer.model_config_json(model, expected.layers, model_config, expected.weight_format)
             writer.write_configuration(temporary, config_json, model_config)
             if tokenizer_dir is not None:
                 writer.copy_tokenizer(Path(tokenizer_dir), temporary)
@@ -118,12 +96,7 @@ def export_model(
             if verify:
                 report.verification = verify_export(temporary, written, expected)
                 report.notes += _patched_note(report.verification.patched_layers)
-            writer.write_report(temporary, report.to_dict())
-            os.replace(temporary, output_dir)
-            fsync_directory(output_dir.parent)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+            write_json(temporary / writer.REPORT_FILE, report.to_dict())
     except (OSError, CheckpointError) as error:
         raise ExportError(f"the export could not be written to {output_dir}: {error}") from error
     for line in (*report.notes, *report.summary_lines()):
@@ -195,6 +168,31 @@ def _versions() -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------------------------- what is exported
+
+
+def _expected(
+    model: nn.Module,
+    model_config: Any,
+    format: str,
+    double_quant: bool,
+    factors: Mapping[str, Tensor],
+    masters: Mapping[str, Tensor],
+) -> tuple[Expected, list[str]]:
+    """What the export must hold, and what to say about it; nothing is merged yet."""
+    layers = loqt_layers(model)
+    if not layers:
+        raise ExportError("the model has no LoQT layer; save it with transformers' save_pretrained instead")
+    of_masters = {name: layers[name].canonical(masters[f"{name}.B"]) for name in layers if f"{name}.B" in masters}
+    weight_format, notes = _weight_format(layers, format, double_quant)
+    expected = Expected(
+        model_config=model_config,
+        weight_format=weight_format,
+        layers=layers,
+        factors=of_masters | dict(factors),
+        dense=_dense_tensors(model, layers, masters),
+        merge_errors={},
+    )
+    return expected, notes
 
 
 def _weight_format(layers: Mapping[str, LoQTLinear], format: str, double_quant: bool) -> tuple[WeightFormat, list[str]]:

@@ -6,9 +6,10 @@ A shard is made when its turn comes, so the export needs the memory of one shard
 from __future__ import annotations
 
 import copy
-import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,10 +99,12 @@ def skipped_modules(model: nn.Module, adapted: Mapping[str, nn.Module]) -> list[
     return skipped
 
 
-def model_config_json(model_config: Any, *, architecture: str, weight_format: WeightFormat, skip: list[str]) -> str:
+def model_config_json(
+    model: nn.Module, adapted: Mapping[str, nn.Module], model_config: Any, weight_format: WeightFormat
+) -> str:
     """`config.json`: the model's own configuration, its dtype bf16, and how its weights are quantized."""
     config = copy.deepcopy(model_config)
-    config.architectures = [architecture]
+    config.architectures = [type(model).__name__]
     config.dtype = EXPORT_DTYPE
     config.use_cache = True  # training may have switched it off; generation wants it
     if weight_format.quant_type is not None:
@@ -119,7 +122,7 @@ def model_config_json(model_config: Any, *, architecture: str, weight_format: We
             "llm_int8_enable_fp32_cpu_offload": False,
             "llm_int8_has_fp16_weight": False,
             "llm_int8_threshold": 6.0,
-            "llm_int8_skip_modules": skip,
+            "llm_int8_skip_modules": skipped_modules(model, adapted),
         }
     elif hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -157,13 +160,6 @@ def _tokenizer_files(source: Path) -> Iterator[Path]:
             yield path
 
 
-def write_report(directory: Path, report: Mapping[str, Any]) -> None:
-    """Write `export_report.json` and sync every directory of the export."""
-    write_json(directory / REPORT_FILE, json.loads(json.dumps(report)))
-    for path in (*(path for path in directory.rglob("*") if path.is_dir()), directory):
-        fsync_directory(path)
-
-
 def refuse_existing(output_dir: Path) -> None:
     """Raise ExportError where the export would overwrite something."""
     if output_dir.is_dir() and not any(output_dir.iterdir()):
@@ -174,10 +170,12 @@ def refuse_existing(output_dir: Path) -> None:
         )
 
 
-def temporary_directory(output_dir: Path) -> Path:
-    """A fresh directory beside the final one; those of exports that died are removed."""
-    import os
+@contextmanager
+def complete_or_nothing(output_dir: Path) -> Iterator[Path]:
+    """Yield a fresh directory beside `output_dir`; it is renamed to that if the block ends well, removed if it raises.
 
+    What exports that died left is removed.
+    """
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".tmp-{output_dir.name}-"
     for path in output_dir.parent.iterdir():
@@ -185,4 +183,12 @@ def temporary_directory(output_dir: Path) -> Path:
             shutil.rmtree(path, ignore_errors=True)
     directory = output_dir.parent / f"{prefix}{os.getpid()}"
     directory.mkdir()
-    return directory
+    try:
+        yield directory
+        for path in (*(path for path in directory.rglob("*") if path.is_dir()), directory):
+            fsync_directory(path)
+        os.replace(directory, output_dir)
+        fsync_directory(output_dir.parent)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
