@@ -34,13 +34,22 @@ def finish(run: Run, trained: Evaluation, *, say: Say) -> None:
 
 
 def _export(run: Run, trained: Evaluation, say: Say) -> nn.Module:
-    """Writes run/export, reloads it, evaluates it; returns the reloaded model."""
+    """Writes run/export, reloads it, evaluates it; returns the reloaded model.
+
+    A run that went on after an export keeps it, and writes run/export-step_N beside it.
+    """
     config = run.config
+    output = run.directory / "export"
+    if output.exists():
+        output = run.directory / f"export-step_{run.engine.step_index}"
+    if output.exists():
+        say(f"{output} is there already and is kept")
+        return load_export(output, device=str(run.engine.device))
     report = export_model(
         run.engine.network,
         model_config=run.model_config,
         tokenizer_dir=run.tokenizer_dir,
-        output_dir=run.directory / "export",
+        output_dir=output,
         format=config.export.format,
         factors=run.engine.factors(),
         say=say,

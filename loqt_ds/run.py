@@ -221,12 +221,15 @@ def choose_directory(config: Config, say: Say) -> Path:
     directory = Path(config.output_dir)
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"output_dir={directory} is a file; give a directory")
-    if directory.is_dir() and any(directory.iterdir()) and resume != "auto":
-        what = "a run" if (directory / "config.yaml").exists() or (directory / "checkpoints").exists() else "files"
-        raise ConfigError(
-            f"output_dir={directory} holds {what} already; set checkpoint.resume=auto to go on with it, or give "
-            "another directory"
-        )
+    if directory.is_dir() and any(directory.iterdir()):
+        is_run = (directory / "config.yaml").exists() or (directory / "checkpoints").exists()
+        if not is_run:
+            raise ConfigError(f"output_dir={directory} holds other files and no run; give a new or empty directory")
+        if resume != "auto":
+            raise ConfigError(
+                f"output_dir={directory} holds a run already; set checkpoint.resume=auto to go on with it, or give "
+                "another directory"
+            )
     return directory
 
 

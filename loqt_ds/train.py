@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None, *, deepspeed: bool = False) -> 
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR
+    from loqt_ds.export import ExportError
     from loqt_ds.finish import finish
     from loqt_ds.trainer import Interrupted, TrainingFailed
 
@@ -72,6 +73,9 @@ def main(arguments: Sequence[str] | None = None, *, deepspeed: bool = False) -> 
             finish(run, trained, say=run.logger.say)
     except TrainingFailed as error:
         print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except (ExportError, OSError) as error:
+        print(f"error: {error}. {run.trainer.last_checkpoint()}", file=sys.stderr)
         return FAILED
     except Interrupted as error:
         print(str(error), file=sys.stderr)

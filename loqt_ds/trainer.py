@@ -202,12 +202,13 @@ class Trainer:
                 )
             except (OSError, ValueError) as error:
                 raise TrainingFailed(
-                    f"the checkpoint of step {step} could not be written: {error}. {self._last()}"
+                    f"the checkpoint of step {step} could not be written: {error}. {self.last_checkpoint()}"
                 ) from error
             self._last_checkpoint = path
             self._logger.event("checkpoint", {"step": step, "path": str(path)})
 
-    def _last(self) -> str:
+    def last_checkpoint(self) -> str:
+        """A sentence on where to go on from."""
         if self._last_checkpoint is None:
             return "There is no checkpoint before it."
         return f"The last good checkpoint is {self._last_checkpoint}; go on from it with checkpoint.resume=auto."
@@ -216,16 +217,20 @@ class Trainer:
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingFailed(
                 f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a gradient that is not finite (up to step "
-                f"{self._engine.step_index}); lower optim.lr or set train.max_grad_norm. {self._last()}"
+                f"{self._engine.step_index}); lower optim.lr or set train.max_grad_norm. {self.last_checkpoint()}"
             )
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
+        if self._signal is not None:  # asked twice: now, not after the step
+            raise Interrupted(signum, f"stopped at once by {signal.Signals(signum).name}. {self.last_checkpoint()}")
         self._signal = signum
 
     def _stop_for_signal(self) -> None:
         assert self._signal is not None
         name = signal.Signals(self._signal).name
-        raise Interrupted(self._signal, f"stopped by {name} after step {self._engine.step_index}. {self._last()}")
+        raise Interrupted(
+            self._signal, f"stopped by {name} after step {self._engine.step_index}. {self.last_checkpoint()}"
+        )
 
 
 class _Window:

@@ -73,6 +73,9 @@ def check_deepspeed(path: str | Path, config: Config) -> dict[str, Any]:
         section = given.get(name)
         if section and not (isinstance(section, dict) and section.get("enabled") is False):
             raise ConfigError(f"{file}: `{name}` cannot be honoured: {reason}")
+    for name in ("zero_optimization", "bf16", "loqt"):
+        if not isinstance(given.get(name, {}), dict):
+            raise ConfigError(f"{file}: {name}={given[name]!r} must be an object; see configs/zero2.json")
     zero = given.get("zero_optimization", {})
     if zero.get("stage", 0) not in (1, 2):
         raise ConfigError(
