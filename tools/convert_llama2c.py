@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -29,9 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loqt_ds.checkpoint import GIB, fsync_directory
+from loqt_ds.checkpoint import GIB
 from loqt_ds.data.tokenizer import Tokenizer, load_tokenizer
-from loqt_ds.export.writer import Unit, refuse_existing, temporary_directory, write_configuration, write_weights
+from loqt_ds.export.writer import Unit, complete_or_nothing, refuse_existing, write_configuration, write_weights
 
 NORM_EPSILON = 1e-5  # a constant of llama2.c, not in the file
 DEFAULT_ROPE_THETA = 10000.0
@@ -258,20 +256,13 @@ def convert(model: Path, tokenizer: Path, output: Path, *, max_shard_bytes: int 
             "give the tokenizer that the model was trained with"
         )
     try:
-        temporary = temporary_directory(output)
-        try:
+        with complete_or_nothing(output) as temporary:
             write_weights(temporary, units(model, header, tensors), max_shard_bytes)
             config = model_config(header, theta, loaded)
             # Documents end where llama2.c begins the next one; text trained on later may end with the usual piece.
             stop = [loaded.eot_id, BOS_ID]
             write_configuration(temporary, config.to_json_string(), config, eos_token_id=stop)
             loaded.save(temporary)
-            fsync_directory(temporary)
-            os.replace(temporary, output)
-            fsync_directory(output.parent)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
     except OSError as error:
         raise ConversionError(f"--output={output} could not be written: {error}; earlier files are intact") from error
     return header
