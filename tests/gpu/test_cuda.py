@@ -1,0 +1,116 @@
+"""What only a CUDA device can show: `pytest -m gpu`. References are float64 on the CPU, or the same run on the CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from loqt_ds.core.quantization import QuantSpec, dequantize, quantize
+from loqt_ds.method.linear import LoQTLinear
+from loqt_ds.train import main
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int4"])
+@pytest.mark.parametrize("shape", [(64, 64), (172, 352), (37, 91), (1376, 512)])
+def test_quantization_is_that_of_the_cpu(kind: str, shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(shape[0]))
+    spec = QuantSpec(kind)
+    on_cpu, on_cuda = quantize(matrix, spec), quantize(matrix.cuda(), spec)
+    values_cpu = dequantize(on_cpu, shape, spec)
+    values_cuda = dequantize(on_cuda, shape, spec).cpu()
+    # A value half-way between two levels may round to either on another device.
+    assert (values_cpu != values_cuda).float().mean() < 1e-3
+    assert torch.linalg.norm(values_cuda - matrix) / torch.linalg.norm(matrix) < 0.13
+
+
+@pytest.mark.parametrize("shape", [(172, 64), (64, 172), (96, 96)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layer_is_a_dense_layer_with_the_effective_weight(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    out_features, in_features = shape
+    side = "right" if in_features <= out_features else "left"
+    spec = QuantSpec("nf4")
+    layer = LoQTLinear(
+        in_features, out_features, rank=16, side=side, scale=0.5, spec_w=spec, spec_p=spec, dtype=dtype, device="cuda"
+    )
+    layer.set_w(quantize(torch.randn(shape, device="cuda"), spec))
+    layer.set_p(quantize(torch.linalg.qr(torch.randn(layer.basis_shape, device="cuda"))[0], spec))
+    nn.init.normal_(layer.B)
+    x = torch.randn(5, 7, in_features, device="cuda", dtype=dtype, requires_grad=True)
+    gathered: list[torch.Tensor] = []
+    layer.tap = lambda dy, rows: gathered.append(dy.double().t() @ rows.double())
+    y = layer(x)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    weight = layer.effective_weight().double()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+
+    def close(actual: torch.Tensor, wanted: torch.Tensor) -> bool:
+        return bool(torch.linalg.norm(actual.double() - wanted) <= tolerance * torch.linalg.norm(wanted))
+
+    rows, dense = x.detach().double().flatten(0, 1), dy.double().flatten(0, 1).t() @ x.detach().double().flatten(0, 1)
+    p = layer.basis_hat().double()
+    assert close(y.flatten(0, 1), rows @ weight.t())
+    assert x.grad is not None and close(x.grad.flatten(0, 1), dy.double().flatten(0, 1) @ weight)
+    assert layer.B.grad is not None and close(layer.B.grad, 0.5 * (dense @ p if side == "right" else p.t() @ dense))
+    assert close(gathered[0], dense)
+
+
+def _losses(directory: Path) -> list[float]:
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "event" not in line]
+
+
+def _arguments(folder: Path, name: str, *extra: str) -> list[str]:
+    corpus = folder / "corpus.txt"
+    if not corpus.exists():
+        words = [f"word{number % 97}" for number in range(0, 40000, 7)]
+        corpus.write_text("<|endoftext|>".join(" ".join(words[i : i + 200]) for i in range(0, len(words), 200)))
+    return [
+        f"data.path={corpus}",
+        f"data.cache_dir={folder / 'cache'}",
+        "data.tokenizer_vocab_size=400",
+        "data.sequence_length=64",
+        "loqt.interval=4",
+        "loqt.growth=1.0",
+        "train.max_steps=12",
+        "optim.name=adamw",
+        "eval.every=6",
+        "checkpoint.every=6",
+        "eval.num_samples=1",
+        "eval.sample_tokens=8",
+        f"output_dir={folder / name}",
+        *extra,
+    ]
+
+
+def test_a_float32_run_has_the_losses_of_the_cpu(tmp_path: Path) -> None:
+    assert main(_arguments(tmp_path, "cpu", "train.device=cpu", "train.dtype=fp32", "export.format=none")) == 0
+    assert main(_arguments(tmp_path, "cuda", "train.device=cuda", "train.dtype=fp32")) == 0
+    for on_cpu, on_cuda in zip(_losses(tmp_path / "cpu"), _losses(tmp_path / "cuda"), strict=True):
+        assert on_cuda == pytest.approx(on_cpu, rel=0.02)
+
+
+@pytest.mark.parametrize("extra", [(), ("optim.layerwise=true", "train.max_grad_norm=null")])
+def test_a_bf16_run_learns_and_exports(tmp_path: Path, extra: tuple[str, ...]) -> None:
+    assert main(_arguments(tmp_path, "run", "train.dtype=bf16", "optim.name=adamw8bit", *extra)) == 0
+    losses = _losses(tmp_path / "run")
+    assert losses[-1] < 0.8 * losses[0]
+    assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("ds_config", ["zero2.json"])
+def test_a_deepspeed_run_learns_and_exports(tmp_path: Path, repository: Path, ds_config: str) -> None:
+    arguments = ["--ds_config", str(repository / "configs" / ds_config)]
+    arguments += _arguments(tmp_path, "run", "train.dtype=bf16", "optim.name=adamw8bit")
+    assert main(arguments, deepspeed=True) == 0
+    losses = _losses(tmp_path / "run")
+    assert losses[-1] < 0.8 * losses[0]
