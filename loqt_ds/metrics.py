@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -58,6 +59,19 @@ def format_duration(seconds: float) -> str:
     if hours >= 24:
         return f"{hours // 24}d {hours % 24:02d}:{minute:02d}"
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute:02d}:{second:02d}"
+
+
+def _bar_size() -> dict[str, Any]:
+    """Size of the bar for tqdm, which asks the terminal and takes an answer of 0 columns (containers, `script`) for an
+    order to draw nothing."""
+    try:
+        told = os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):  # not a terminal, or not a file
+        told = None
+    if told == 0:
+        size = shutil.get_terminal_size()  # $COLUMNS, or 80
+        return {"ncols": size.columns, "nrows": size.lines}
+    return {"dynamic_ncols": True}
 
 
 def repair_last_line(path: Path) -> int:
@@ -163,7 +177,7 @@ class MetricsLogger:
                 initial=self._start,
                 desc="train",
                 unit="step",
-                dynamic_ncols=True,
+                **_bar_size(),
                 # tqdm's own rate and time left; loss, lr and tokens/s are the postfix
                 bar_format="{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining} {postfix}",
             )
