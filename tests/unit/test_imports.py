@@ -29,6 +29,7 @@ LEVELS = {
     "loqt_ds.evaluation": 3.5,
     "loqt_ds.trainer": 4.0,
     "loqt_ds.run": 4.5,
+    "loqt_ds.finish": 4.5,
     "loqt_ds.train": 5.0,
     "loqt_ds": 6.0,  # the façade, loqt_ds/__init__.py: nothing may lean on what it gathers
 }
