@@ -98,6 +98,18 @@ def restore(engine: SingleEngine, path: Path) -> SingleEngine:
     return engine
 
 
+def snapshot(engine: SingleEngine) -> dict[str, Tensor]:
+    groups = engine.saved_tensors()
+    return {f"{group}/{name}": t.clone() for group in ("model", "optimizer") for name, t in groups[group].items()}
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    """Names of what differs."""
+    return sorted(set(one) ^ set(other)) + [
+        name for name in one if name in other and not torch.equal(one[name], other[name])
+    ]
+
+
 def dense_state(model: nn.Module) -> dict[str, Tensor]:
     """What a dense model of the same architecture would hold: effective weights, everything else as it is."""
     state = {name: p.detach().clone() for name, p in model.named_parameters() if not name.endswith(".B")}
