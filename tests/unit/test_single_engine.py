@@ -1,4 +1,4 @@
-"""Whole steps of a tiny Llama on one device: gradients against a dense transformers model, exact resumption."""
+"""Whole steps of a tiny Llama on one device: gradients against a dense transformers model."""
 
 from __future__ import annotations
 
