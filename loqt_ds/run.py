@@ -311,7 +311,11 @@ def load_model(
         )
         original = _LazySource(lambda: source)
     if config.train.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        # Renamed within transformers 5; the old name warns where the new one exists.
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"trained parameters: {trained:,}; adapted weights in {config.loqt.quantize_w}")
     return model, original

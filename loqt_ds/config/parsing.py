@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import os
 import textwrap
@@ -311,6 +312,7 @@ def save_yaml(config: Config, path: str | Path) -> None:
 # ----------------------------------------------------------------------------------------------------------------- help
 
 
+@functools.cache  # parsing the source takes longer than everything else before a run
 def field_docs(cls: Any) -> dict[str, str]:
     """Field name -> the docstring written under it, read from the class's source."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
