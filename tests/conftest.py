@@ -17,7 +17,7 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real data: `LOQT_TEST_DATA`, or `../shared/data` beside the repository; skips where it is absent."""
+    """The real data: `LOQT_TEST_DATA`, or `../shared/data` beside the repository; skips where it is absent."""
     folder = Path(os.environ.get("LOQT_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set LOQT_TEST_DATA to a folder that has it")

@@ -46,6 +46,7 @@ from loqt_ds.core.subspace import (
 )
 from loqt_ds.method.linear import LoQTLinear
 
+FIRST_POWER_ITERATIONS = 2
 AUTO_GRAM_LIMIT = 512  # loqt.subspace=auto: Gram up to this smaller side, the sketch above
 
 
@@ -214,7 +215,7 @@ class Controller:
             started = time.perf_counter()
             inner, outer = (x, dy) if layer.side == "right" else (dy, x)  # (T, k), (T, l)
             if sketched:
-                omega = self._test_matrix(name, layer).to(outer.dtype)  # (l, c)
+                omega = self._test_matrix(name, layer, inner, outer)  # (l, c)
                 z = self._probes(name, layer).to(outer.dtype)  # (l, q)
                 share = _Accumulated(inner.t() @ (outer @ omega), inner.t() @ (outer @ z))
             else:
@@ -235,20 +236,32 @@ class Controller:
         assert self._current is not None
         return layer_seed(self._seed, self._current.step, name)
 
-    def _test_matrix(self, name: str, layer: LoQTLinear) -> Tensor:
-        """Ω (l, c), the same in every micro-batch of the step."""
+    def _test_matrix(self, name: str, layer: LoQTLinear, inner: Tensor, outer: Tensor) -> Tensor:
+        """Ω (l, c), the same in every micro-batch of the step, in the dtype of the gradient."""
         moments = self.store.moments(name) if name in self._initialized else None
-        num_gaussian = self.options.sketch_oversampling
-        if moments is None:
-            # Without a moment to start from, twice the columns make up for the missing power iteration.
-            num_gaussian = layer.rank + max(layer.rank, num_gaussian)
-        return test_matrix(
+        if moments is not None:
+            return test_matrix(
+                length=layer.factor_length,
+                moment=layer.canonical(moments[0]),
+                num_gaussian=self.options.sketch_oversampling,
+                seed=self._layer_seed(name),
+                device=layer.B.device,
+            ).to(outer.dtype)
+        # There is no moment to start from. Twice the columns make up for some of the missing power iteration, ...
+        omega = test_matrix(
             length=layer.factor_length,
-            moment=None if moments is None else layer.canonical(moments[0]),
-            num_gaussian=num_gaussian,
+            moment=None,
+            num_gaussian=layer.rank + max(layer.rank, self.options.sketch_oversampling),
             seed=self._layer_seed(name),
             device=layer.B.device,
-        )
+        ).to(outer.dtype)
+        assert self._current is not None
+        if self._current.num_micro_batches == 1:
+            # ... and where the whole gradient A = innerᵀ outer is here, it iterates on itself without being formed.
+            for _ in range(FIRST_POWER_ITERATIONS):
+                image = inner.t() @ (outer @ omega)  # A Ω (k, c)
+                omega = torch.linalg.qr((outer.t() @ (inner @ image)).float()).Q.to(outer.dtype)  # orth(Aᵀ A Ω)
+        return omega
 
     def _probes(self, name: str, layer: LoQTLinear) -> Tensor:
         return probe_matrix(length=layer.factor_length, seed=self._layer_seed(name + "/probes"), device=layer.B.device)

@@ -183,7 +183,8 @@ def test_accumulation_is_one_large_micro_batch(subspace, tmp_path):
             assert relative(projector(other), projector(layer)) < 2e-3, name
             assert relative(effective_weight(other), effective_weight(layer)) < 1e-5, name
 
-    one, four = engine_of(1), engine_of(4)
+    # The first sketch of a single micro-batch iterates on the gradient, which sums of sketches cannot.
+    one, four = engine_of(2 if subspace == "sketch" else 1), engine_of(4)
     assert run(four, 1) == pytest.approx(run(one, 1), rel=1e-6)
     compare(one, four)
     # P may rotate within its span, which Adam would tell apart: the curves are compared from one and the same P.
