@@ -113,6 +113,27 @@ def read_moment(state: dict[str, Any], index: int) -> Tensor:
     ).view(moment.shape)
 
 
+def quantize_moment(values: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest 8-bit codes of a moment, and the absmax of each block of 256 of its flat order.
+
+    bitsandbytes' own quantization rounds to a grid of about 2^-15 before it looks the code up on the CPU, and gives a
+    zero the code of 2e-5: Adam would then divide tiny by tiny and move what has no gradient.
+
+    Args:
+        values: float32, any shape.
+        table: the ascending values of the 256 codes, float32.
+
+    Returns:
+        (codes, uint8 in the shape of `values`; absmax, float32).
+    """
+    flat = values.float().reshape(-1)
+    blocks = nn.functional.pad(flat, (0, -flat.numel() % BLOCKSIZE_8BIT)).view(-1, BLOCKSIZE_8BIT)
+    absmax = blocks.abs().amax(1)
+    scaled = blocks / absmax.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
+    codes = torch.bucketize(scaled, (table[1:] + table[:-1]) / 2).to(torch.uint8)
+    return codes.view(-1)[: flat.numel()].view(values.shape), absmax
+
+
 def write_moment(state: dict[str, Any], index: int, value: Tensor) -> None:
     """Overwrites a moment in place, quantizing it where it is kept in 8 bits."""
     keys = moment_keys(state)
@@ -121,14 +142,10 @@ def write_moment(state: dict[str, Any], index: int, value: Tensor) -> None:
     if moment.dtype != torch.uint8:
         moment.copy_(value)
         return
-    import bitsandbytes.functional as F
-
     number = index + 1
-    quantized, quant_state = F.quantize_blockwise(
-        value.float().contiguous(), code=state[f"qmap{number}"], blocksize=BLOCKSIZE_8BIT
-    )
-    moment.copy_(quantized.view(moment.shape))
-    state[f"absmax{number}"].copy_(quant_state.absmax)
+    codes, absmax = quantize_moment(value, state[f"qmap{number}"])
+    moment.copy_(codes.view(moment.shape))
+    state[f"absmax{number}"].copy_(absmax)
 
 
 def stochastic_round(value: Tensor, generator: torch.Generator) -> Tensor:

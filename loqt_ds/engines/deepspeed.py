@@ -21,7 +21,7 @@ import deepspeed
 import deepspeed.comm
 import deepspeed.ops
 import torch
-from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
@@ -42,6 +42,7 @@ _REFUSED = {
     "pipeline": "a layer's gradient must reach its owner whole; use data parallelism",
     "tensor_parallel": "a layer's weight must be whole on its rank; use data parallelism",
     "amp": "LoQT trains in bf16 or float32; remove it and set train.dtype",
+    "torch_autocast": "parameters are in the precision they are computed in; remove it and set train.dtype",
     "data_efficiency": "batches come from the recipe's `data` section; remove it",
     "curriculum_learning": "batches come from the recipe's `data` section; remove it",
     "compression_training": "weights are quantized by LoQT; remove it",
@@ -51,6 +52,10 @@ _REFUSED_ZERO = {
     "offload_param": "the trained parameters are few; remove it",
     "cpu_offload": "re-initialization rewrites optimizer states on the device; remove it",
     "zero_hpz_partition_size": "it belongs to ZeRO stage 3; remove it",
+}
+_REFUSED_BF16 = {
+    "bf16_master_weights_and_grads": "masters are float32 under ZeRO; remove it (optim.master is of the recipe)",
+    "bf16_optimizer_states": "the optimizer's states follow optim.name of the recipe; remove it",
 }
 
 
@@ -85,6 +90,15 @@ def check_deepspeed(path: str | Path, config: Config) -> dict[str, Any]:
     for name, reason in _REFUSED_ZERO.items():
         if zero.get(name):
             raise ConfigError(f"{file}: zero_optimization.{name} cannot be honoured: {reason}")
+    bf16 = given.get("bf16", {})
+    for name, reason in _REFUSED_BF16.items():
+        if bf16.get(name):
+            raise ConfigError(f"{file}: bf16.{name} cannot be honoured: {reason}")
+    if bf16.get("check_grad_overflow") is False:
+        raise ConfigError(
+            f"{file}: bf16.check_grad_overflow=false cannot be honoured: a step whose gradient is not finite must be "
+            "skipped; remove it"
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}: this version trains in one process; start it with "
@@ -97,7 +111,12 @@ def check_deepspeed(path: str | Path, config: Config) -> dict[str, Any]:
             "optim.master=bf16: ZeRO's masters are float32, and it does not round stochastically; use "
             "optim.master=fp32, or `python -m loqt_ds.train`"
         )
-    return given | _derived(given, config, file) | {"zero_allow_untested_optimizer": True}
+    complete = given | _derived(given, config, file) | {"zero_allow_untested_optimizer": True}
+    try:
+        DeepSpeedConfig(complete)
+    except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:  # what its sections raise
+        raise ConfigError(f"{file}: DeepSpeed refuses it: {' '.join(str(error).split())}") from error
+    return complete
 
 
 def _derived(given: dict[str, Any], config: Config, file: Path) -> dict[str, Any]:

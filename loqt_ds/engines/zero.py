@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loqt_ds.optim import BLOCKSIZE_8BIT, MOMENT_KEYS, moment_keys
+from loqt_ds.optim import BLOCKSIZE_8BIT, MOMENT_KEYS, moment_keys, quantize_moment
 
 
 class ZeroState:
@@ -70,13 +70,11 @@ class ZeroState:
         stored = state[keys[index]]
         if stored.dtype != torch.uint8:
             return  # `values` is a view of the state
-        import bitsandbytes.functional as F
-
         number = index + 1
         blocks = slice(start // BLOCKSIZE_8BIT, -(-(start + len(values)) // BLOCKSIZE_8BIT))
-        codes, quant_state = F.quantize_blockwise(values, code=state[f"qmap{number}"], blocksize=BLOCKSIZE_8BIT)
+        codes, absmax = quantize_moment(values, state[f"qmap{number}"])
         stored[start : start + len(values)].copy_(codes)
-        state[f"absmax{number}"][blocks].copy_(quant_state.absmax)
+        state[f"absmax{number}"][blocks].copy_(absmax)
 
     def _covering(self, state: dict[str, Any], place: slice, index: int) -> tuple[Tensor, int]:
         """(values, start): the moment over whole blocks that cover a slice, float32; a view where it is not 8-bit."""
