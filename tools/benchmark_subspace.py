@@ -3,12 +3,12 @@
     python tools/export.py --checkpoint runs/llama_9m_c4-0001/checkpoints/step_300 --format bf16 --output /tmp/c4_9m
     python tools/benchmark_subspace.py --model /tmp/c4_9m --text ../shared/data/en/c4/c4_en_part1.jsonl.gz
 
-The gradient of each adapted matrix is taken on batch after batch of the text, at fixed weights. P of the first batch and
-the batches after it give the first moment of B that training would have (beta 0.9), from which the sketch starts; then
-the three methods see the same gradient. "In sample" is the part of this gradient's energy that P holds; "next step", of
-the gradient of the batch after it, which is what P is for. Times are of the decompositions (for the sketch with its
-product A Ω), as ratios to the exact SVD on the same machine; also on one matrix of the 350M shape with an invented
-spectrum. Numbers go to benchmarks/results/subspace.
+The gradient of each adapted matrix is taken on batch after batch of the text, at fixed weights. P of the first batch
+and the batches after it give the first moment of B that training would have (beta 0.9), from which the sketch starts;
+then the three methods see the same gradient. "In sample" is the part of this gradient's energy that P holds; "next
+step", of the gradient of the batch after it, which is what P is for. Times are of the decompositions (for the sketch
+with its product A Ω), as ratios to the exact SVD on the same machine; also on one matrix of the 350M shape with an
+invented spectrum. Numbers go to benchmarks/results/subspace.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def report(record: dict[str, Any]) -> str:
     large = record["seconds_1024x2736_rank256"]
     rows_large = [f"| {name} | {value:.3f} | {value / large['exact']:.2f} |" for name, value in large.items()]
     return (
-        "# Subspaces: exact, Gram, sketch\n\n```\n" + "\n".join((__doc__ or "").split("\n")[2:4]) + "\n```\n\n"
+        "# Subspaces: exact, Gram, sketch\n\n" + "\n".join((__doc__ or "").split("\n")[2:4]) + "\n\n"
         f"{record['num_matrices']} matrices of a trained model (smaller side {record['smaller_sides']}, rank "
         f"{record['rank']}, {record['num_tokens']:,} tokens a gradient); means over matrices:\n\n"
         "| method | time / exact | energy in sample | energy of the next step |\n|---|---|---|---|\n"
@@ -125,7 +125,7 @@ def report(record: dict[str, Any]) -> str:
         + "\n\nOne 1024 × 2736 matrix, rank 256, invented spectrum (times only):\n\n"
         "| method | seconds | / exact |\n|---|---|---|\n" + "\n".join(rows_large) + "\n\n"
         f"Machine: {record['machine']}, {record['num_threads']} thread, torch {record['torch']}; the cores were shared "
-        "with other work, so ratios are rough.\n"
+        "with other work, so ratios\nare rough.\n"
     )
 
 

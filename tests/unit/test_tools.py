@@ -1,0 +1,127 @@
+"""The measurement scripts: what they read, what they conclude, and that they still fit the product."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture()
+def tool(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """(name) -> the module of tools/name.py, imported as `python tools/name.py` would."""
+    monkeypatch.syspath_prepend(str(repository / "tools"))
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"tool_{name}", repository / "tools" / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def write_run(directory: Path, losses: dict[int, Any], events: list[dict[str, Any]], tail: str = "") -> Path:
+    directory.mkdir()
+    lines = [{"step": step, "loss": loss, "tokens": 100 * step} for step, loss in losses.items()] + events
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + tail)
+    return directory
+
+
+def test_curves_take_the_last_line_of_a_step_and_forgive_a_half_line(tool: Any, tmp_path: Path) -> None:
+    plot_run = tool("plot_run")
+    resumed: list[dict[str, Any]] = [{"event": "resume", "step": 2}, {"step": 3, "loss": 1.5, "tokens": 300}]
+    events = [*resumed, {"event": "eval", "step": 3, "loss": 2.5}, {"event": "reinit", "step": 1}]
+    run = write_run(tmp_path / "run", {1: 9.0, 2: 8.0, 3: 7.0}, events, tail='{"step": 4, "lo')
+    curves = plot_run.read_curves(run)
+    assert curves.train == {1: 9.0, 2: 8.0, 3: 1.5}
+    assert curves.validation == {3: 2.5} and curves.reinit == {1}
+    assert curves.tokens_at([0, 1, 3]).tolist() == [0, 100, 300]
+
+
+@pytest.mark.parametrize("tail", ["", '{"step": 1, "lo\n{"step": 2, "loss": 1, "tokens": 2}\n'])
+def test_plot_refuses_what_is_no_run(tool: Any, tmp_path: Path, tail: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", {}, [], tail=tail)
+    assert tool("plot_run").main([str(run), "--output", str(tmp_path / "x.png")]) == 2
+    assert str(run) in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_smoothing_is_unbiased_and_passes_over_nan(tool: Any) -> None:
+    plot_run = tool("plot_run")
+    np.testing.assert_allclose(plot_run.smooth(np.full(30, 3.0)), 3.0)
+    smoothed = plot_run.smooth(np.array([math.nan, 2.0, math.nan, 4.0]))
+    assert math.isnan(smoothed[0]) and smoothed[1] == smoothed[2] == pytest.approx(2.0)
+    assert 2.0 < smoothed[3] < 4.0
+
+
+def test_plot_draws_several_runs_with_losses_that_are_not_finite(tool: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+    evaluation = {"event": "eval", "step": 2, "loss": 4.0}
+    runs = [write_run(tmp_path / n, {1: 5.0, 2: "nan", 3: 3.0}, [evaluation]) for n in ("one", "two")]
+    output = tmp_path / "deep" / "curve.png"
+    assert tool("plot_run").main([*map(str, runs), "--output", str(output), "--unigram-loss", "4.5"]) == 0
+    assert output.read_bytes().startswith(b"\x89PNG")
+
+
+def test_comparison_measures_the_jump_and_pairs_seeds(tool: Any, tmp_path: Path) -> None:
+    compare = tool("compare_optimizer_state")
+    # the loss falls by 0.1 a step and jumps by 1 after the re-initialization at step 10; the first one is left out
+    losses = {step: 9 - 0.1 * step + (step > 10) for step in range(1, 41)}
+    events = [{"event": "reinit", "step": 1}, {"event": "reinit", "step": 10}, {"event": "eval", "step": 40, "loss": 5}]
+    measured = compare.measure(write_run(tmp_path / "run", losses, events))
+    assert measured["mean_jump"] == pytest.approx(1 - 0.1 * compare.NUM_STEPS_AROUND)
+    assert measured["num_reinits"] == 2 and measured["validation_loss"] == 5.0
+
+    def run(loss: float) -> dict[str, float]:
+        return measured | {"validation_loss": loss}
+
+    summary = compare.summarize({"keep": {"0": run(5.0), "1": run(6.0)}, "reset": {"0": run(5.1), "1": run(6.1)}})
+    assert summary["reset"]["minus_keep_mean"] == pytest.approx(0.1)
+    assert summary["reset"]["minus_keep_std"] == pytest.approx(0.0, abs=1e-9)
+    assert summary["keep"]["validation_loss_std"] == pytest.approx(math.sqrt(0.5))
+
+
+@pytest.mark.parametrize("name", ["compare_optimizer_state", "stories260k"])
+def test_options_of_the_measurements_are_options_of_the_product(tool: Any, name: str) -> None:
+    from loqt_ds.config import load_config
+
+    options = tool(name).OPTIONS.split()
+    shape = [] if "model.shape" in " ".join(options) else ["model.shape=llama_9m"]
+    assert load_config(None, [*options, *shape]).loqt.rank == 32
+
+
+def test_subspace_methods_agree_on_a_matrix_of_low_rank(tool: Any) -> None:
+    import torch
+
+    benchmark = tool("benchmark_subspace")
+    generator = torch.Generator().manual_seed(3)
+    gradient = torch.randn(24, 5, generator=generator) @ torch.randn(5, 70, generator=generator)
+    moment = gradient.T @ torch.linalg.qr(torch.randn(24, 5, generator=generator))[0]
+    for name, row in benchmark.compare(gradient, gradient, moment, 5).items():
+        assert row["in_sample"] == pytest.approx(1.0, abs=1e-4), name
+
+
+@pytest.mark.slow
+def test_stories260k_end_to_end(tool: Any, real_data: Path, tmp_path: Path) -> None:
+    work, output = tmp_path / "work", tmp_path / "results"
+    short = ["train.max_steps=12", "loqt.interval=5", "eval.every=0", "eval.num_samples=0"]
+    arguments = ["--data", str(real_data), "--work", str(work), "--output", str(output), "--", *short]
+    assert tool("stories260k").main(arguments) == 0
+    perplexity = json.loads((output / "results.json").read_text())["perplexity"]
+    # a broken conversion, merge or export is off by far more than these factors
+    assert (
+        perplexity["original_fp32"] < perplexity["initialized"] < perplexity["nf4"] < 1.3 * perplexity["original_fp32"]
+    )
+    assert perplexity["trained"] < perplexity["nf4"] and perplexity["exported"] < 1.2 * perplexity["trained"]
+    assert perplexity["exported_bf16"] == pytest.approx(perplexity["trained"], rel=0.01)
+    assert "published weights" in (output / "README.md").read_text()
