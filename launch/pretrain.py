@@ -1,6 +1,6 @@
 """What `deepspeed` is pointed at.
 
-    deepspeed launch/pretrain.py --ds_config configs/zero2.json [--config RECIPE] [section.field=value ...]
+deepspeed launch/pretrain.py --ds_config configs/zero2.json [--config RECIPE] [section.field=value ...]
 """
 
 import sys

@@ -36,22 +36,28 @@ def finish(run: Run, trained: Evaluation, *, say: Say) -> None:
 def _export(run: Run, trained: Evaluation, say: Say) -> nn.Module:
     """Writes run/export, reloads it, evaluates it; returns the reloaded model.
 
-    A run that went on after an export keeps it, and writes run/export-step_N beside it.
+    A run that went on after an export keeps it, and writes run/export-step_N beside it; one that had nothing left to
+    do returns the trained model.
     """
     config = run.config
     output = run.directory / "export"
     if output.exists():
         output = run.directory / f"export-step_{run.engine.step_index}"
-    if output.exists():
-        say(f"{output} is there already and is kept")
-        return load_export(output, device=str(run.engine.device))
+    if output.exists() or (output.name != "export" and run.resumed_step == run.engine.step_index):
+        say(f"{run.directory} holds an export of this step already: nothing was trained since, nothing is written")
+        return run.engine.network
+    # The optimizer's memory makes room for the reloaded model; masters wait on the host.
+    masters = {name: tensor.cpu() for name, tensor in run.engine.masters().items()}
+    run.engine.release()
+    if run.engine.device.type == "cuda":
+        torch.cuda.empty_cache()
     report = export_model(
         run.engine.network,
         model_config=run.model_config,
         tokenizer_dir=run.tokenizer_dir,
         output_dir=output,
         format=config.export.format,
-        factors=run.engine.factors(),
+        masters=masters,
         say=say,
     )
     device = run.engine.device
@@ -115,7 +121,7 @@ def _say_samples(run: Run, model: nn.Module, say: Say) -> None:
     rows = (row for batch in run.data.validation.batches(1) for row in batch["input_ids"])
     say("")
     for number, row in zip(range(options.num_samples), rows, strict=False):
-        prompt = row[:prompt_length].tolist()
+        prompt = [token for token in row[:prompt_length].tolist() if token != run.tokenizer.pad_id]
         ids = sample(
             model,
             run.tokenizer,
@@ -136,8 +142,8 @@ def _say_onward(run: Run, say: Say) -> None:
     say("  config.yaml      every option of this run")
     say("  metrics.jsonl    one JSON object a line; tensorboard/ has the same as curves")
     say("  checkpoints/     to go on from" + (", newest " + checkpoints[-1].name if checkpoints else ""))
-    if run.config.export.format != "none":
-        say("  export/          for AutoModelForCausalLM.from_pretrained")
+    for export in sorted(run.directory.glob("export*")):
+        say(f"  {export.name + '/':<16} for AutoModelForCausalLM.from_pretrained")
     say("next:")
     say(f"  tensorboard --logdir {directory}/tensorboard")
     if checkpoints:

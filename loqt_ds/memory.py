@@ -37,16 +37,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from loqt_ds.config import Config, ConfigError, describe_model, load_config
+from loqt_ds.config import Config, load_config
 from loqt_ds.core.quantization import packed_layout
-from loqt_ds.method.controller import AUTO_GRAM_LIMIT
+from loqt_ds.method.controller import NUM_PROBES, subspace_method
 from loqt_ds.method.conversion import build_meta, loqt_layers
+from loqt_ds.method.description import model_description, training_dtype
 from loqt_ds.method.linear import LoQTLinear
 
 GIB = 2**30
 MIN_8BIT_SIZE = 4096  # bitsandbytes' min_8bit_size
 MOMENT_BLOCKSIZE = 256
-NUM_PROBES = 8  # columns of core.subspace.probe_matrix
 
 LABELS = {
     "weights_w": "W, packed",
@@ -127,14 +127,6 @@ def moment_bytes(num_elements: int, *, optimizer: str) -> int:
     return 2 * num_elements + 8 * -(-num_elements // MOMENT_BLOCKSIZE)
 
 
-def planned_dtype(config: Config) -> torch.dtype:
-    """The dtype a run will compute in; auto is bf16 where there is a CUDA device that the run may use, else fp32."""
-    if config.train.dtype == "auto":
-        cuda = config.train.device != "cpu" and torch.cuda.is_available()
-        return torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
-
-
 def planned_vocab_size(config: Config, described: int) -> tuple[int, str | None]:
     """Rows of embedding and head before a tokenizer was loaded, and a note where they are a guess."""
     wanted = config.model.vocab_size
@@ -147,20 +139,12 @@ def planned_vocab_size(config: Config, described: int) -> tuple[int, str | None]
     return described, f"model.vocab_size=auto: counted with the {described} of the shape file, not the tokenizer's size"
 
 
-def model_description(config: Config, *, vocab_size: int | None = None) -> tuple[Any, list[str]]:
-    """The transformers config of the model of `config`, and notes; `vocab_size` overrides what the configuration
-    says."""
-    from transformers import AutoConfig
-
-    file, content = describe_model(config)
-    try:
-        described = AutoConfig.for_model(**content)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{file}: transformers cannot make a model of it ({error})") from error
-    note = None
-    if vocab_size is None:
-        vocab_size, note = planned_vocab_size(config, int(described.vocab_size))
-    described.vocab_size = vocab_size
+def planned_model(config: Config, *, vocab_size: int | None = None) -> tuple[Any, list[str]]:
+    """The transformers configuration of the model to plan for, and notes."""
+    described = model_description(config, vocab_size=vocab_size)
+    if vocab_size is not None:
+        return described, []
+    described.vocab_size, note = planned_vocab_size(config, int(described.vocab_size))
     return described, [note] if note else []
 
 
@@ -174,23 +158,17 @@ def _packed_bytes(layers: Sequence[LoQTLinear]) -> tuple[int, int]:
     return weights, projections
 
 
-def _method(layer: LoQTLinear, subspace: str) -> str:
-    """How this layer's P is found (as the controller chooses)."""
-    if subspace != "auto":
-        return subspace
-    return "gram" if layer.basis_shape[0] <= AUTO_GRAM_LIMIT else "sketch"
-
-
 def sketch_columns(layer: LoQTLinear, oversampling: int) -> int:
-    """Columns of the first sketch, the widest: 2 r or r + p Gaussian ones, and the probes."""
-    return min(layer.factor_length, layer.rank + max(layer.rank, oversampling)) + NUM_PROBES
+    """Columns of a sketch, and its probes."""
+    return min(layer.factor_length, layer.rank + oversampling) + NUM_PROBES
 
 
 def gathered_bytes(layer: LoQTLinear, config: Config) -> int:
-    """One layer's share of the gradient, in float32 (gradient) or in the dtype of the activations (sketch)."""
+    """One layer's gradient in float32; or its sketch with the columns it is taken with, in the activations' dtype."""
     k, length = layer.basis_shape[0], layer.factor_length
-    if _method(layer, config.loqt.subspace) == "sketch":
-        return planned_dtype(config).itemsize * k * sketch_columns(layer, config.loqt.sketch_oversampling)
+    if subspace_method(layer, config.loqt.subspace) == "sketch":
+        columns = sketch_columns(layer, config.loqt.sketch_oversampling)
+        return training_dtype(config).itemsize * (k + length) * columns
     return 4 * k * length
 
 
@@ -204,7 +182,7 @@ def reinit_workspace_bytes(layer: LoQTLinear, config: Config) -> int:
     (k, rank), length = layer.basis_shape, layer.factor_length
     compensate = 4 * (2 * k * length + 2 * k * rank + 3 * length * rank)
     compensate += sum(packed_layout(layer.weight_shape, layer.spec_w).values())
-    method = _method(layer, config.loqt.subspace)
+    method = subspace_method(layer, config.loqt.subspace)
     if method == "sketch":
         columns = sketch_columns(layer, config.loqt.sketch_oversampling)
         decompose = 4 * (2 * k * columns + 2 * columns**2 + 2 * length * columns)
@@ -289,8 +267,8 @@ def plan(config: Config, *, vocab_size: int | None = None) -> MemoryPlan:
     `vocab_size` is the number of rows of embedding and head, where it is known from the tokenizer. Raises ValueError as
     the run itself would, for a rank or a pattern that does not fit the model.
     """
-    dtype = planned_dtype(config)
-    description, notes = model_description(config, vocab_size=vocab_size)
+    dtype = training_dtype(config)
+    description, notes = planned_model(config, vocab_size=vocab_size)
     model = build_meta(description, config.loqt, dtype=dtype, attention=config.model.attention)
     layers = list(loqt_layers(model).values())
     trained = _trained(model)

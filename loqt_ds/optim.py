@@ -148,6 +148,36 @@ def write_moment(state: dict[str, Any], index: int, value: Tensor) -> None:
     state[f"absmax{number}"].copy_(absmax)
 
 
+def restore_state(optimizer: Any, tensor: Tensor, saved: dict[str, Tensor]) -> None:
+    """Gives an optimizer the state of one tensor back; without anything saved, that of a new parameter.
+
+    `saved` holds what the state held, but for bitsandbytes' constant maps; numbers as tensors.
+    """
+    optimizer.state.pop(tensor, None)
+    if not saved:
+        return
+    state = optimizer.state[tensor]
+    is_torch = moment_keys(saved) == MOMENT_KEYS[0]
+    for key, value in saved.items():
+        if key == "step":
+            state[key] = value.clone() if is_torch else int(value)
+        else:
+            state[key] = value.to(tensor.device)
+    if "absmax1" in state:
+        optimizer.fill_qmap()
+        state["qmap1"] = optimizer.name2qmap["dynamic"].to(tensor.device)
+        state["qmap2"] = optimizer.name2qmap["udynamic"].to(tensor.device)
+
+
+def saved_state(state: dict[str, Any]) -> dict[str, Tensor]:
+    """What `restore_state` takes."""
+    return {
+        key: value if isinstance(value, Tensor) else torch.tensor(value)
+        for key, value in state.items()
+        if not key.startswith("qmap")
+    }
+
+
 def stochastic_round(value: Tensor, generator: torch.Generator) -> Tensor:
     """float32 to bf16, up or down with probabilities that make the expectation exact; inf and NaN pass through."""
     bits = value.contiguous().view(torch.int32)
@@ -179,6 +209,11 @@ class ParameterOptimizer:
         else:
             self.master = nn.Parameter(parameter.detach().float())
         self._optimizer = build_optimizer([{"params": [self.master], "weight_decay": weight_decay}], optim)
+
+    @property
+    def has_master(self) -> bool:
+        """Whether there is a float32 copy besides the parameter."""
+        return not (self._own or self._transient)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -227,11 +262,8 @@ class ParameterOptimizer:
 
     def saved(self) -> dict[str, Tensor]:
         """Tensors to save: the master, if it is a copy, and the optimizer's state."""
-        tensors = {} if self._own or self._transient else {"master": self.master.detach()}
-        for key, value in self.state.items():
-            if not key.startswith("qmap"):  # constants of bitsandbytes
-                tensors[key] = value if isinstance(value, Tensor) else torch.tensor(value)
-        return tensors
+        tensors = {"master": self.master.detach()} if self.has_master else {}
+        return tensors | saved_state(self.state)
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -240,17 +272,4 @@ class ParameterOptimizer:
         master = tensors.pop("master", None)
         if master is not None:
             self.set_value(master.to(self.parameter.device))
-        self.reset_state()
-        if not tensors:
-            return
-        state = self.state
-        device = self.parameter.device
-        for key, value in tensors.items():
-            if key == "step":
-                state[key] = value.clone() if moment_keys(tensors) == MOMENT_KEYS[0] else int(value)
-            else:
-                state[key] = value.to(device)
-        if "absmax1" in state:
-            self._optimizer.fill_qmap()  # type: ignore[attr-defined]
-            state["qmap1"] = self._optimizer.name2qmap["dynamic"].to(device)  # type: ignore[attr-defined]
-            state["qmap2"] = self._optimizer.name2qmap["udynamic"].to(device)  # type: ignore[attr-defined]
+        restore_state(self._optimizer, self.master, tensors)

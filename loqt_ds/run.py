@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 
-from loqt_ds.checkpoint import Checkpoint, CheckpointError, find_checkpoint, load_checkpoint
-from loqt_ds.config import Config, ConfigError, describe_model, save_yaml
+from loqt_ds.config import Config, ConfigError, describe_model
 from loqt_ds.data import DataBundle, Tokenizer, build_data, load_or_train_tokenizer
 from loqt_ds.engines.base import Engine
 from loqt_ds.engines.single import SingleEngine
-from loqt_ds.memory import model_description, plan, planned_dtype
+from loqt_ds.memory import plan
 from loqt_ds.method.conversion import (
     WeightSource,
     build_empty,
@@ -32,23 +30,12 @@ from loqt_ds.method.conversion import (
     initializer,
     materialize_zeros,
 )
+from loqt_ds.method.description import model_description, training_dtype
 from loqt_ds.metrics import MetricsLogger
+from loqt_ds.rundir import choose_checkpoint, choose_directory, claim_directory, write_options
 from loqt_ds.trainer import Trainer
 
 Say = Callable[[str], None]
-
-# Options that may differ when a run goes on: they do not change what a step computes.
-_FREE_ON_RESUME = (
-    "checkpoint.",
-    "logging.",
-    "eval.",
-    "export.",
-    "output_dir",
-    "name",
-    "train.device",
-    "data.cache_dir",
-    "data.num_processes",
-)
 
 
 @dataclass
@@ -63,6 +50,8 @@ class Run:
     model_config: Any
     logger: MetricsLogger
     trainer: Trainer
+    lock: IO[bytes]  # held while the run lasts
+    resumed_step: int | None  # of the checkpoint it went on from
 
     @property
     def tokenizer_dir(self) -> Path:
@@ -78,19 +67,20 @@ def prepare(config: Config, *, ds_config: dict[str, Any] | None = None, say: Say
 
     Raises ValueError (of many kinds) for what the user can mend, before weights are loaded.
     """
+    if ds_config is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: `python -m loqt_ds.train` runs in one process; start one"
+        )
     device = choose_device(config)
-    config = resolve_dtype(config, device)
+    config = resolve_config(config, device)
     check_model(config)
-    directory = choose_directory(config, say)
-    checkpoint = choose_checkpoint(config, directory, say)
+    chosen = choose_directory(config, say)
+    checkpoint = choose_checkpoint(config, chosen, ds_config, say)
     tokenizer = load_or_train_tokenizer(config, say)
     model_config = configure_model(config, tokenizer)
     data = build_data(config, tokenizer, say=say)
-    _make_directory(directory)
-    save_yaml(
-        dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, resume="none")),
-        directory / "config.yaml",
-    )
+    directory, lock = claim_directory(config, chosen)
+    write_options(config, directory, ds_config)
     tokenizer.save(directory / "tokenizer", say=say)
     say(f"run directory: {directory}")
     say_plan(config, model_config, device, say)
@@ -111,13 +101,14 @@ def prepare(config: Config, *, ds_config: dict[str, Any] | None = None, say: Say
         data,
         logger,
         checkpoints=directory / "checkpoints",
-        extra_metadata={"model_config": model_config.to_dict()},
+        extra_metadata={"model_config": model_config.to_dict(), "ds_config": ds_config},
         directories={"tokenizer": directory / "tokenizer"},
     )
     if checkpoint is not None:
         trainer.restore(checkpoint)
         say(f"going on from {checkpoint.path} (step {checkpoint.step})")
-    return Run(config, directory, tokenizer, data, engine, model_config, logger, trainer)
+    resumed_step = None if checkpoint is None else checkpoint.step
+    return Run(config, directory, tokenizer, data, engine, model_config, logger, trainer, lock, resumed_step)
 
 
 # ---------------------------------------------------------------- device and dtype
@@ -144,16 +135,21 @@ def choose_device(config: Config) -> torch.device:
     return device
 
 
-def resolve_dtype(config: Config, device: torch.device) -> Config:
-    """The configuration with `train.dtype` decided, so that what is written down reproduces the run."""
-    on_device = dataclasses.replace(config.train, device=device.type)
-    bf16 = planned_dtype(dataclasses.replace(config, train=on_device)) == torch.bfloat16
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, dtype="bf16" if bf16 else "fp32"))
-
-
-def training_dtype(config: Config) -> torch.dtype:
-    """bfloat16 or float32."""
-    return torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+def resolve_config(config: Config, device: torch.device) -> Config:
+    """The configuration with dtype and tokenizer decided, so that what is written down reproduces the run."""
+    on_device = dataclasses.replace(config, train=dataclasses.replace(config.train, device=device.type))
+    dtype = "bf16" if training_dtype(on_device) == torch.bfloat16 else "fp32"
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=dtype))  # type: ignore[arg-type]
+    if config.model.path is None or config.data.tokenizer is not None:
+        return config
+    # A trained model speaks its own tokenizer's language, and no other.
+    names = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+    if not any((Path(config.model.path) / name).is_file() for name in names):
+        raise ConfigError(
+            f"data.tokenizer=null with model.path={config.model.path}, which has no tokenizer files: give the "
+            "tokenizer the model was trained with"
+        )
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=config.model.path))
 
 
 # ---------------------------------------------------------------- the model's shape
@@ -164,7 +160,7 @@ def check_model(config: Config) -> None:
     file, description = describe_model(config)
     if description.get("quantization_config"):
         raise ConfigError(f"model.path={config.model.path}: {file} says it is quantized already; give full precision")
-    model_config, _ = model_description(config)
+    model_config = model_description(config)
     build_meta(model_config, config.loqt, dtype=training_dtype(config), attention=config.model.attention)
     if config.model.path is not None:
         checkpoint_files(config.model.path)(build_empty(model_config, attention=config.model.attention))
@@ -175,7 +171,7 @@ def configure_model(config: Config, tokenizer: Tokenizer) -> Any:
     fit."""
     wanted = config.model.vocab_size
     auto = -(-tokenizer.vocab_size // 64) * 64 if wanted == "auto" else None
-    model_config, _ = model_description(config, vocab_size=auto)
+    model_config = model_description(config, vocab_size=auto)
     rows = int(model_config.vocab_size)
     if tokenizer.vocab_size > rows:
         remedy = "use the model's own tokenizer" if config.model.path else "set model.vocab_size=auto"
@@ -195,100 +191,13 @@ def configure_model(config: Config, tokenizer: Tokenizer) -> Any:
     return model_config
 
 
-# ---------------------------------------------------------------- where the run lives
-
-
-def choose_directory(config: Config, say: Say) -> Path:
-    """`output_dir`, or the next free runs/NAME-NNNN; with checkpoint.resume=auto and no output_dir, the newest one.
-
-    Raises ConfigError if a given directory holds something and the run is not to go on.
-    """
-    resume = config.checkpoint.resume
-    if config.output_dir is None:
-        runs = Path("runs").absolute()
-        taken = [
-            int(m[1])
-            for p in runs.glob(f"{config.name}-*")
-            if (m := re.fullmatch(rf"{re.escape(config.name)}-(\d+)", p.name))
-        ]
-        if resume == "auto":
-            for number in sorted(taken, reverse=True):
-                directory = runs / f"{config.name}-{number:04d}"
-                if (directory / "checkpoints").is_dir():
-                    return directory
-            say(f"checkpoint.resume=auto: there is no run named {config.name} in {runs}; starting one")
-        return runs / f"{config.name}-{max(taken, default=0) + 1:04d}"
-    directory = Path(config.output_dir)
-    if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"output_dir={directory} is a file; give a directory")
-    if directory.is_dir() and any(directory.iterdir()):
-        is_run = (directory / "config.yaml").exists() or (directory / "checkpoints").exists()
-        if not is_run:
-            raise ConfigError(f"output_dir={directory} holds other files and no run; give a new or empty directory")
-        if resume != "auto":
-            raise ConfigError(
-                f"output_dir={directory} holds a run already; set checkpoint.resume=auto to go on with it, or give "
-                "another directory"
-            )
-    return directory
-
-
-def _make_directory(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / ".writable"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"output_dir={directory} cannot be written ({error.strerror}); give another one") from error
-
-
-def choose_checkpoint(config: Config, directory: Path, say: Say) -> Checkpoint | None:
-    """The checkpoint to go on from, verified; None for a fresh run.
-
-    Raises CheckpointError if it is damaged or was made with options that change what a step computes.
-    """
-    path = find_checkpoint(directory / "checkpoints", config.checkpoint.resume, say=say)
-    if path is None:
-        return None
-    checkpoint = load_checkpoint(path, verify=False)  # find_checkpoint has just verified it
-    compare_options(checkpoint, config, say)
-    return checkpoint
-
-
-def compare_options(checkpoint: Checkpoint, config: Config, say: Say) -> None:
-    """Refuses options that differ from the checkpoint's; a longer or shorter run is allowed and said."""
-    saved, given = _flatten(checkpoint.metadata["config"]), _flatten(config.to_dict())
-    for name in sorted(saved.keys() | given.keys()):
-        before, now = saved.get(name), given.get(name)
-        if before == now or name.startswith(_FREE_ON_RESUME):
-            continue
-        if name == "train.max_steps":
-            say(f"train.max_steps was {before} and is {now}: the learning rate follows the new length")
-            continue
-        raise CheckpointError(
-            f"{name}={now} differs from {name}={before} of {checkpoint.path}, which belongs to another run or model; "
-            f"go on with `{name}={before}`, or start a new run"
-        )
-
-
-def _flatten(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in mapping.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
 # ---------------------------------------------------------------- model and engine
 
 
 def say_plan(config: Config, model_config: Any, device: torch.device, say: Say) -> None:
     """One line on the memory the run will need, and a warning if the device has less."""
     planned = plan(config, vocab_size=int(model_config.vocab_size))
-    say(f"planned memory: {planned.total_gib:.2f} GiB (details: python -m loqt_ds.memory --config THIS_CONFIG)")
+    say(f"planned memory: {planned.total_gib:.2f} GiB (`python -m loqt_ds.memory --config` says what for)")
     if device.type == "cuda":
         available = torch.cuda.get_device_properties(device).total_memory / 2**30
         if planned.total_gib > available:

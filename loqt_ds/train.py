@@ -43,7 +43,7 @@ def parse(arguments: Sequence[str] | None, *, deepspeed: bool) -> argparse.Names
         parser.add_argument("--ds_config", required=True, help="DeepSpeed configuration, such as configs/zero2.json")
         parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="options of the recipe to change")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None, *, deepspeed: bool = False) -> int:
@@ -52,18 +52,19 @@ def main(arguments: Sequence[str] | None = None, *, deepspeed: bool = False) -> 
     set_environment()
     try:
         config = load_config(options.config, options.overrides)
-        from loqt_ds.run import choose_device, prepare, resolve_dtype
+        from loqt_ds.run import choose_device, prepare, resolve_config
 
         ds_config = None
         if deepspeed:
             from loqt_ds.engines.deepspeed import check_deepspeed
 
-            ds_config = check_deepspeed(options.ds_config, resolve_dtype(config, choose_device(config)))
+            ds_config = check_deepspeed(options.ds_config, resolve_config(config, choose_device(config)))
         run = prepare(config, ds_config=ds_config)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR
-    from loqt_ds.export import ExportError
+    from torch import OutOfMemoryError
+
     from loqt_ds.finish import finish
     from loqt_ds.trainer import Interrupted, TrainingFailed
 
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None, *, deepspeed: bool = False) -> 
     except TrainingFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
-    except (ExportError, OSError) as error:
+    except (ValueError, OSError, OutOfMemoryError) as error:
         print(f"error: {error}. {run.trainer.last_checkpoint()}", file=sys.stderr)
         return FAILED
     except Interrupted as error:

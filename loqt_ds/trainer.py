@@ -114,7 +114,7 @@ class Trainer:
         """One optimizer step; returns its report, the summed loss, and the number of predicted tokens."""
         accumulation = self._config.train.gradient_accumulation_steps
         batches = [self._data.train.next_batch() for _ in range(accumulation)]
-        num_tokens = sum(num_predicted(batch) for batch in batches)
+        num_tokens = max(1, sum(num_predicted(batch) for batch in batches))
         total = torch.zeros((), device=self._engine.device)
         report = None
         for batch in batches:
@@ -141,23 +141,25 @@ class Trainer:
                 "skipped_step",
                 {"step": done, "grad_norm": report.grad_norm, "in_a_row": self._skipped_in_a_row},
             )
-            self._logger.say(f"step {done}: the gradient is not finite; no update ({self._skipped_in_a_row} in a row)")
+            what = "parameters with such a gradient are" if self._config.optim.layerwise else "the step is"
+            self._logger.say(
+                f"step {done}: the gradient is not finite; {what} not updated ({self._skipped_in_a_row} in a row)"
+            )
         else:
             self._skipped_in_a_row = 0
-        if done % self._config.logging.every == 0 or done == self._config.train.max_steps or not report.applied:
-            self._logger.step(
-                {
-                    "step": done,
-                    "loss": loss.item() / num_tokens,
-                    "lr": report.lr,
-                    "lr_full_rank": report.lr_full_rank,
-                    "tokens": self._num_tokens,
-                    "tokens_per_second": self._window.rate(),
-                    "peak_memory_gib": peak_memory_gib(self._engine.device),
-                    "grad_norm": report.grad_norm,
-                    "num_skipped": self._num_skipped,
-                }
-            )
+        self._logger.step(
+            {
+                "step": done,
+                "loss": loss.item() / num_tokens,
+                "lr": report.lr,
+                "lr_full_rank": report.lr_full_rank,
+                "tokens": self._num_tokens,
+                "tokens_per_second": self._window.rate(),
+                "peak_memory_gib": peak_memory_gib(self._engine.device),
+                "grad_norm": report.grad_norm,
+                "num_skipped": self._num_skipped,
+            }
+        )
         if report.reinit is not None:
             self._logger.event("reinit", {"step": done, **report.reinit.record()})
             self._logger.say(f"step {done}: {describe_reinit(report.reinit.summary())}")
@@ -182,6 +184,7 @@ class Trainer:
     def _save(self) -> None:
         window = getattr(self, "_window", None) or _Window()
         with window.paused():
+            self._logger.flush()
             step = self._engine.step_index
             metadata = self._extra | {
                 "config": self._config.to_dict(),
@@ -211,7 +214,8 @@ class Trainer:
         """A sentence on where to go on from."""
         if self._last_checkpoint is None:
             return "There is no checkpoint before it."
-        return f"The last good checkpoint is {self._last_checkpoint}; go on from it with checkpoint.resume=auto."
+        resume = "auto" if self._last_checkpoint.parent == self._checkpoints else self._last_checkpoint
+        return f"The last good checkpoint is {self._last_checkpoint}; go on from it with checkpoint.resume={resume}."
 
     def _stop_if_hopeless(self) -> None:
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:

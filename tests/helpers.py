@@ -128,3 +128,9 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     """‖actual − expected‖ / ‖expected‖ in float64."""
     actual, expected = actual.detach().double(), expected.detach().double()
     return float((actual - expected).norm() / expected.norm().clamp_min(1e-300))
+
+
+def factors(engine: Any) -> dict[str, Tensor]:
+    """B of each layer in the precision of its master, canonical (l, r)."""
+    controller = engine.controller
+    return {name: layer.canonical(controller.store.read(name)) for name, layer in controller.layers.items()}

@@ -218,7 +218,7 @@ def apply_overrides(config: Config, overrides: Iterable[str]) -> Config:
     one."""
     for override in overrides:
         name, equals, text = override.partition("=")
-        name = name.strip().removeprefix("--")
+        name = name.strip()
         if not equals:
             raise ConfigError(f"override `{override}` has no value; write it as section.field=value")
         names = option_names()
@@ -238,22 +238,21 @@ def apply_overrides(config: Config, overrides: Iterable[str]) -> Config:
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-def config_folders(kind: str) -> list[Path]:
-    """Folders searched for files of `kind` ("models" or "recipes"), the installed package first, then the
-    repository."""
-    package = Path(__file__).resolve().parents[1]
-    return [package / "configs" / kind, package.parent / "configs" / kind]
+def config_folder(kind: str) -> Path:
+    """The repository's folder of files of `kind` ("models" or "recipes")."""
+    return Path(__file__).resolve().parents[2] / "configs" / kind
 
 
 def find_config_file(kind: str, name: str) -> Path:
     """The file `name` (.json for "models", .yaml for "recipes"); ConfigError listing the names there are."""
     suffix = {"models": ".json", "recipes": ".yaml"}[kind]
-    folders = [folder for folder in config_folders(kind) if folder.is_dir()]
-    for folder in folders:
-        candidate = folder / f"{name.removesuffix(suffix)}{suffix}"
-        if candidate.is_file():
-            return candidate
-    there = sorted({path.stem for folder in folders for path in folder.glob(f"*{suffix}")})
+    folder = config_folder(kind)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not there: install loqt_ds from its repository with `pip install -e .`")
+    candidate = folder / f"{name.removesuffix(suffix)}{suffix}"
+    if candidate.is_file():
+        return candidate
+    there = sorted(path.stem for path in folder.glob(f"*{suffix}"))
     close = difflib.get_close_matches(name, there, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     raise ConfigError(f"no file {name}{suffix} in configs/{kind}; {hint}there are: {', '.join(there) or 'none'}")

@@ -67,5 +67,8 @@ class Engine(Protocol):
     def restore(self, checkpoint: Checkpoint) -> None:
         """Takes back what `saved_tensors` and `saved_state` gave."""
 
-    def factors(self) -> dict[str, Tensor]:
-        """B of each layer in the precision of its master, canonical (l, r), float32."""
+    def masters(self) -> dict[str, Tensor]:
+        """The float32 master copies by parameter name; none for parameters that have no copy."""
+
+    def release(self) -> None:
+        """Frees optimizer states and masters; afterwards there is only the model left, and no step to take."""

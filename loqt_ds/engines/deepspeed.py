@@ -9,6 +9,7 @@ One process; `check_deepspeed` refuses more, and everything else that cannot be 
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ import deepspeed
 import deepspeed.comm
 import deepspeed.ops
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
@@ -34,15 +36,43 @@ from loqt_ds.method.controller import Controller
 from loqt_ds.method.conversion import loqt_layers
 from loqt_ds.optim import LearningRates, build_optimizer, parameter_groups
 
-# Sections of a DeepSpeed configuration that cannot be honoured, and why.
+# What may stand in a DeepSpeed configuration. DeepSpeed itself ignores unknown top-level keys.
+_DECIDED_BY_RECIPE = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+)
+_HONOURED = (
+    *_DECIDED_BY_RECIPE,
+    "zero_optimization",
+    "bf16",
+    "loqt",
+    "zero_allow_untested_optimizer",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "comms_logger",
+    "flops_profiler",
+    "tensorboard",
+    "wandb",
+    "csv_monitor",
+)
+# What cannot, and why.
 _REFUSED = {
     "optimizer": "the optimizer is built from the recipe's `optim` section; remove it there",
     "scheduler": "the learning rate follows the recipe's `optim` section; remove it there",
     "fp16": "LoQT trains in bf16 or float32; remove it and set train.dtype",
+    "amp": "LoQT trains in bf16 or float32; remove it and set train.dtype",
+    "torch_autocast": "LoQT trains in bf16 or float32; remove it and set train.dtype",
+    "data_types": "gradients are accumulated in train.dtype; remove it",
     "pipeline": "a layer's gradient must reach its owner whole; use data parallelism",
     "tensor_parallel": "a layer's weight must be whole on its rank; use data parallelism",
-    "amp": "LoQT trains in bf16 or float32; remove it and set train.dtype",
-    "torch_autocast": "parameters are in the precision they are computed in; remove it and set train.dtype",
+    "activation_checkpointing": "set train.activation_checkpointing of the recipe instead",
     "data_efficiency": "batches come from the recipe's `data` section; remove it",
     "curriculum_learning": "batches come from the recipe's `data` section; remove it",
     "compression_training": "weights are quantized by LoQT; remove it",
@@ -52,10 +82,6 @@ _REFUSED_ZERO = {
     "offload_param": "the trained parameters are few; remove it",
     "cpu_offload": "re-initialization rewrites optimizer states on the device; remove it",
     "zero_hpz_partition_size": "it belongs to ZeRO stage 3; remove it",
-}
-_REFUSED_BF16 = {
-    "bf16_master_weights_and_grads": "masters are float32 under ZeRO; remove it (optim.master is of the recipe)",
-    "bf16_optimizer_states": "the optimizer's states follow optim.name of the recipe; remove it",
 }
 
 
@@ -74,10 +100,13 @@ def check_deepspeed(path: str | Path, config: Config) -> dict[str, Any]:
         raise ConfigError(f"--ds_config {file} is not valid JSON: {error}") from error
     if not isinstance(given, dict):
         raise ConfigError(f"--ds_config {file} holds no JSON object; try configs/zero2.json")
-    for name, reason in _REFUSED.items():
-        section = given.get(name)
-        if section and not (isinstance(section, dict) and section.get("enabled") is False):
-            raise ConfigError(f"{file}: `{name}` cannot be honoured: {reason}")
+    for name, section in given.items():
+        if name in _REFUSED and section and not (isinstance(section, dict) and section.get("enabled") is False):
+            raise ConfigError(f"{file}: `{name}` cannot be honoured: {_REFUSED[name]}")
+        if name not in _HONOURED and name not in _REFUSED:
+            close = difflib.get_close_matches(name, _HONOURED, n=1)
+            hint = f"did you mean `{close[0]}`?" if close else f"use some of {', '.join(_HONOURED)}"
+            raise ConfigError(f"{file}: `{name}` is not a section that is read; {hint}")
     for name in ("zero_optimization", "bf16", "loqt"):
         if not isinstance(given.get(name, {}), dict):
             raise ConfigError(f"{file}: {name}={given[name]!r} must be an object; see configs/zero2.json")
@@ -91,18 +120,26 @@ def check_deepspeed(path: str | Path, config: Config) -> dict[str, Any]:
         if zero.get(name):
             raise ConfigError(f"{file}: zero_optimization.{name} cannot be honoured: {reason}")
     bf16 = given.get("bf16", {})
-    for name, reason in _REFUSED_BF16.items():
-        if bf16.get(name):
-            raise ConfigError(f"{file}: bf16.{name} cannot be honoured: {reason}")
+    if extra := sorted(set(bf16) - {"enabled", "check_grad_overflow"}):
+        raise ConfigError(f"{file}: bf16.{extra[0]} cannot be honoured: masters follow optim.master; remove it")
     if bf16.get("check_grad_overflow") is False:
         raise ConfigError(
             f"{file}: bf16.check_grad_overflow=false cannot be honoured: a step whose gradient is not finite must be "
             "skipped; remove it"
         )
+    if zero.get("compute_grad_norm") is False:
+        raise ConfigError(
+            f"{file}: zero_optimization.compute_grad_norm=false: the norm decides what is skipped; remove it"
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}: this version trains in one process; start it with "
             "`deepspeed --num_gpus 1 launch/pretrain.py ...`"
+        )
+    if config.train.device not in ("auto", *_launched_devices()):
+        raise ConfigError(
+            f"train.device={config.train.device}: under DeepSpeed the launcher decides the device; use "
+            "train.device=auto, and CUDA_VISIBLE_DEVICES or DS_ACCELERATOR=cpu to choose"
         )
     if config.optim.layerwise:
         raise ConfigError("optim.layerwise=true: ZeRO updates after the backward; use `python -m loqt_ds.train`")
@@ -117,6 +154,12 @@ def check_deepspeed(path: str | Path, config: Config) -> dict[str, Any]:
     except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:  # what its sections raise
         raise ConfigError(f"{file}: DeepSpeed refuses it: {' '.join(str(error).split())}") from error
     return complete
+
+
+def _launched_devices() -> tuple[str, ...]:
+    """The names of the device that DeepSpeed will use in this process."""
+    kind = get_accelerator().device_name()
+    return kind, f"{kind}:{os.environ.get('LOCAL_RANK', '0')}"
 
 
 def _derived(given: dict[str, Any], config: Config, file: Path) -> dict[str, Any]:
@@ -218,7 +261,7 @@ class LoQTEngine(DeepSpeedEngine):
             self.module.get_submodule(parent)._buffers[child] = value.to(self.device)
         self._zero_state = ZeroState(self.optimizer, self._parameters_by_name)
         layers = loqt_layers(self.module)
-        store = ZeroStore(self._zero_state, list(layers))
+        store = ZeroStore(self._zero_state)
         self.controller = Controller(layers, config.loqt, store, original=original, seed=config.train.seed)
         self._rates = LearningRates(config, self.controller.schedule)
         self._in_step = False
@@ -302,8 +345,9 @@ class LoQTEngine(DeepSpeedEngine):
         self.skipped_steps = int(state["counters"]["skipped_steps"])
         self.controller.load_state_dict(state["controller"])
 
-    def factors(self) -> dict[str, Tensor]:
-        """B of each layer in the precision of its master, canonical (l, r), float32."""
-        return {
-            name: layer.canonical(self._zero_state.read(f"{name}.B")) for name, layer in self.controller.layers.items()
-        }
+    def masters(self) -> dict[str, Tensor]:
+        return self._zero_state.masters()
+
+    def release(self) -> None:
+        self.destroy()
+        del self._zero_state, self.optimizer

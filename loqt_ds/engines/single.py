@@ -85,6 +85,7 @@ class SingleEngine:
         self._step, self._micro_batch, self._open = 0, 0, False
         self._squared_norm = 0.0  # of the gradients of this step, with layer-wise updates
         self._num_updates, self._num_skipped_updates = 0, 0  # of this step, with layer-wise updates
+        self._hooks: list[Any] = []
         self._add_hooks()
 
     @property
@@ -153,9 +154,12 @@ class SingleEngine:
         for name, optimizer in self._optimizers.items():
             layer = name.removesuffix(".B") if self._is_factor[name] else None
             if self._config.optim.layerwise:
-                optimizer.parameter.register_post_accumulate_grad_hook(self._layerwise_hook(name, optimizer, layer))
+                hook = self._layerwise_hook(name, optimizer, layer)
             elif layer is not None:
-                optimizer.parameter.register_post_accumulate_grad_hook(self._complete_hook(layer))
+                hook = self._complete_hook(layer)
+            else:
+                continue
+            self._hooks.append(optimizer.parameter.register_post_accumulate_grad_hook(hook))
 
     def _complete_hook(self, layer: str) -> Callable[[Tensor], None]:
         def hook(_: Tensor) -> None:
@@ -191,7 +195,7 @@ class SingleEngine:
         optimizer = {
             f"{key}.{name}": tensor for name, item in self._optimizers.items() for key, tensor in item.saved().items()
         }
-        random = random_tensors(self.device) | {"rounding": self._generator.get_state()}
+        random = random_tensors(self.device) | {f"rounding_{self.device.type}": self._generator.get_state()}
         return {"model": model_tensors(self._model), "optimizer": optimizer, "random": random}
 
     def saved_state(self) -> dict[str, Any]:
@@ -217,12 +221,16 @@ class SingleEngine:
             optimizer.restore(saved.get(name, {}))
         random = checkpoint.tensors("random")
         restore_random(random, self.device)
-        self._generator.set_state(random["rounding"])
+        # On another kind of device the roundings to come are others, as all arithmetic is.
+        if (rounding := random.get(f"rounding_{self.device.type}")) is not None:
+            self._generator.set_state(rounding)
         self._step = int(state["step"])
         self.controller.load_state_dict(state["controller"])
 
-    def factors(self) -> dict[str, Tensor]:
-        return {
-            name: layer.canonical(self._optimizers[f"{name}.B"].value())
-            for name, layer in self.controller.layers.items()
-        }
+    def masters(self) -> dict[str, Tensor]:
+        return {name: item.value() for name, item in self._optimizers.items() if item.has_master}
+
+    def release(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._optimizers.clear()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loqt_ds.optim import BLOCKSIZE_8BIT, MOMENT_KEYS, moment_keys, quantize_moment
+from loqt_ds.optim import BLOCKSIZE_8BIT, MOMENT_KEYS, moment_keys, quantize_moment, restore_state, saved_state
 
 
 class ZeroState:
@@ -103,13 +103,15 @@ class ZeroState:
 
     # ---------------------------------------------------------------- saving
 
+    def masters(self) -> dict[str, Tensor]:
+        """The float32 master of each parameter, by name."""
+        return {name: self.read(name) for name in self._places}
+
     def saved(self) -> dict[str, Tensor]:
         """`master.<parameter>` for each parameter, and `zero.<group>.<key>` for the flat optimizer states."""
-        tensors = {f"master.{name}": self.read(name) for name in self._places}
+        tensors = {f"master.{name}": master for name, master in self.masters().items()}
         for group in range(self.num_groups):
-            for key, value in self.state(group).items():
-                if not key.startswith("qmap"):
-                    tensors[f"zero.{group}.{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+            tensors |= {f"zero.{group}.{key}": value for key, value in saved_state(self.state(group)).items()}
         return tensors
 
     @torch.no_grad()
@@ -117,31 +119,17 @@ class ZeroState:
         """Takes back what `saved` gave; parameters themselves are loaded with the model."""
         for name in self._places:
             self.read(name).copy_(tensors[f"master.{name}"])
-        inner = self._zero.optimizer
         for group in range(self.num_groups):
             prefix = f"zero.{group}."
             saved = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            flat = self.flat(group)
-            inner.state.pop(flat, None)
-            if not saved:
-                continue
-            state = inner.state[flat]
-            for key, value in saved.items():
-                state[key] = value.to(flat.device) if key != "step" else value.clone()
-            if moment_keys(state) != MOMENT_KEYS[0]:
-                state["step"] = int(saved["step"])
-            if "absmax1" in state:
-                inner.fill_qmap()
-                state["qmap1"] = inner.name2qmap["dynamic"].to(flat.device)
-                state["qmap2"] = inner.name2qmap["udynamic"].to(flat.device)
+            restore_state(self._zero.optimizer, self.flat(group), saved)
 
 
 class ZeroStore:
     """B and its optimizer state in ZeRO partitions, for the controller."""
 
-    def __init__(self, zero: ZeroState, layer_names: list[str]) -> None:
-        self._zero, self._layers = zero, set(layer_names)
-        self._reset: set[str] = set()
+    def __init__(self, zero: ZeroState) -> None:
+        self._zero = zero
 
     def read(self, name: str) -> Tensor:
         return self._zero.read(f"{name}.B")
@@ -161,8 +149,6 @@ class ZeroStore:
     def reset_moments(self, name: str) -> None:
         zeros = torch.zeros_like(self.read(name))
         self.set_moments(name, zeros, zeros)
-        # The step count is the group's: it starts anew once every layer of the group has.
-        self._reset.add(name)
-        if self._reset == self._layers:
-            self._zero.set_step(self._zero.group_of(f"{name}.B"), 0)
-            self._reset.clear()
+        # The step count is the group's. All layers are re-initialized together; one that keeps its P meanwhile takes a
+        # first step that is too small, which is harmless, where the others' would be too large with the old count.
+        self._zero.set_step(self._zero.group_of(f"{name}.B"), 0)

@@ -42,7 +42,6 @@ def export_model(
     tokenizer_dir: Path | None,
     output_dir: Path,
     format: str = "nf4",
-    factors: Mapping[str, Tensor] | None = None,
     masters: Mapping[str, Tensor] | None = None,
     double_quant: bool = False,
     max_shard_size_gib: float = DEFAULT_MAX_SHARD_SIZE_GIB,
@@ -59,7 +58,6 @@ def export_model(
         output_dir: must not exist, or be empty.
         format: "nf4": 4-bit in the type the weights were trained in (nf4 or fp4; int4 and unquantized ones become
             nf4); "bf16": dense.
-        factors: layer name -> canonical (l, r) float32, used instead of B.
         masters: parameter name -> float32 tensor of the parameter's shape, used instead of it (B included).
         double_quant: store the scales in 8 bits; they then differ a little from those that were trained with.
         max_shard_size_gib: weights are split into files of at most this size.
@@ -71,7 +69,7 @@ def export_model(
     output_dir = Path(output_dir)
     _check_options(format, double_quant, max_shard_size_gib)
     writer.refuse_existing(output_dir)
-    expected, notes = _expected(model, model_config, format, double_quant, factors or {}, masters or {})
+    expected, notes = _expected(model, model_config, format, double_quant, masters or {})
     reports: list[LayerReport] = []
     units = _units(expected, reports)
     try:
@@ -175,7 +173,6 @@ def _expected(
     model_config: Any,
     format: str,
     double_quant: bool,
-    factors: Mapping[str, Tensor],
     masters: Mapping[str, Tensor],
 ) -> tuple[Expected, list[str]]:
     """What the export must hold, and what to say about it; nothing is merged yet."""
@@ -188,7 +185,7 @@ def _expected(
         model_config=model_config,
         weight_format=weight_format,
         layers=layers,
-        factors=of_masters | dict(factors),
+        factors=of_masters,
         dense=_dense_tensors(model, layers, masters),
         merge_errors={},
     )

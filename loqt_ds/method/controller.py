@@ -15,7 +15,8 @@ The gradient is the one at the effective weight before the update; the merged we
 The exact and Gram methods sum G = Σ dYᵀX in float32. The sketch sums S = A Ω (k, r + p) only, A being G or its
 transpose, Ω = orth([M, N]) with M the first moment of B and N Gaussian: G is linear in the data, so it never exists.
 The energy P captures is exact where G is there; for a sketch it is estimated from eight Gaussian probe columns
-that P never saw, ‖PᵀAZ‖² / ‖AZ‖².
+Z that P never saw, ‖PᵀAZ‖² / ‖AZ‖². The first time there is no moment: Ω then starts from r + p Gaussian columns and
+iterates on the first micro-batch's gradient. Ω is kept for the step: made anew it would cost a QR in each micro-batch.
 """
 
 from __future__ import annotations
@@ -46,8 +47,16 @@ from loqt_ds.core.subspace import (
 )
 from loqt_ds.method.linear import LoQTLinear
 
+NUM_PROBES = 8  # Gaussian columns that a sketch's energy is measured on
 FIRST_POWER_ITERATIONS = 2
 AUTO_GRAM_LIMIT = 512  # loqt.subspace=auto: Gram up to this smaller side, the sketch above
+
+
+def subspace_method(layer: LoQTLinear, subspace: str) -> str:
+    """How the P of a layer is found: `loqt.subspace`, with auto decided by the layer's smaller side."""
+    if subspace != "auto":
+        return subspace
+    return "gram" if layer.basis_shape[0] <= AUTO_GRAM_LIMIT else "sketch"
 
 
 class FactorStore(Protocol):
@@ -96,7 +105,8 @@ class ReinitReport:
         changed = [layer for layer in self.layers if layer.kept is None]
 
         def mean(values: list[float]) -> float | None:
-            return sum(values) / len(values) if values else None
+            known = [value for value in values if not math.isnan(value)]
+            return sum(known) / len(known) if known else None
 
         return {
             "num_layers": len(changed),
@@ -118,8 +128,17 @@ class ReinitReport:
 class _Accumulated:
     """One layer's share of the gradient, summed over the micro-batches of a step."""
 
-    total: Tensor  # A (k, l), or A Ω (k, c)
-    probes: Tensor | None = None  # A Z (k, q), with a sketch
+    total: Tensor  # A (k, l) in float32, or A [Ω, Z] (k, c + q) in the dtype of the gradient
+    columns: Tensor | None  # [Ω, Z] (l, c + q) of a sketch
+    num_tokens: int = 0  # rows the sum came from: A has at most this rank
+
+    def sketch(self) -> Tensor:
+        """What P is found from: A, or A Ω."""
+        return self.total if self.columns is None else self.total[:, :-NUM_PROBES]
+
+    def probed(self) -> Tensor:
+        """What P's energy is measured on: A, or A Z."""
+        return self.total if self.columns is None else self.total[:, -NUM_PROBES:]
 
 
 @dataclass
@@ -170,7 +189,6 @@ class Controller:
         self._original, self._seed = original, seed
         self._initialized: set[str] = set()
         self._overdue = False
-        self._num_reinits = 0
         self._current: _Step | None = None
 
     # ---------------------------------------------------------------- the step
@@ -182,9 +200,7 @@ class Controller:
 
     def method(self, layer: LoQTLinear) -> str:
         """exact, gram or sketch, for this layer."""
-        if self.options.subspace != "auto":
-            return self.options.subspace
-        return "gram" if layer.basis_shape[0] <= AUTO_GRAM_LIMIT else "sketch"
+        return subspace_method(layer, self.options.subspace)
 
     def begin_step(self, step: int, num_micro_batches: int) -> None:
         """Starts step `step` (0-based). Taps every layer if the schedule, or a skipped step before, asks for it."""
@@ -214,20 +230,20 @@ class Controller:
             assert current is not None
             started = time.perf_counter()
             inner, outer = (x, dy) if layer.side == "right" else (dy, x)  # (T, k), (T, l)
-            if sketched:
-                omega = self._test_matrix(name, layer, inner, outer)  # (l, c)
-                z = self._probes(name, layer).to(outer.dtype)  # (l, q)
-                share = _Accumulated(inner.t() @ (outer @ omega), inner.t() @ (outer @ z))
-            else:
+            gathered = current.accumulated.get(name)
+            if gathered is None:
+                columns = self._columns(name, layer, inner, outer) if sketched else None
+                width = layer.factor_length if columns is None else columns.shape[1]
+                # Sums of sketches lose nothing measurable in bf16; a dense gradient is wanted exactly.
+                dtype = torch.float32 if columns is None else inner.dtype
+                total = torch.zeros(layer.basis_shape[0], width, device=inner.device, dtype=dtype)
+                gathered = current.accumulated[name] = _Accumulated(total, columns)
+            gathered.num_tokens += len(inner)
+            if gathered.columns is None:
                 # float32: products of bf16 gradients would be rounded to bf16 before they are summed.
-                share = _Accumulated(inner.float().t() @ outer.float())
-            before = current.accumulated.get(name)
-            if before is None:
-                current.accumulated[name] = share
+                gathered.total.addmm_(inner.float().t(), outer.float())
             else:
-                before.total += share.total
-                if before.probes is not None and share.probes is not None:
-                    before.probes += share.probes
+                gathered.total += inner.t() @ (outer @ gathered.columns)
             current.seconds += time.perf_counter() - started
 
         return tap
@@ -236,35 +252,29 @@ class Controller:
         assert self._current is not None
         return layer_seed(self._seed, self._current.step, name)
 
-    def _test_matrix(self, name: str, layer: LoQTLinear, inner: Tensor, outer: Tensor) -> Tensor:
-        """Ω (l, c), the same in every micro-batch of the step, in the dtype of the gradient."""
+    def _columns(self, name: str, layer: LoQTLinear, inner: Tensor, outer: Tensor) -> Tensor:
+        """[Ω, Z] (l, c + q) in the dtype of the gradient: made in the first micro-batch and kept for the step."""
         moments = self.store.moments(name) if name in self._initialized else None
-        if moments is not None:
-            return test_matrix(
-                length=layer.factor_length,
-                moment=layer.canonical(moments[0]),
-                num_gaussian=self.options.sketch_oversampling,
-                seed=self._layer_seed(name),
-                device=layer.B.device,
-            ).to(outer.dtype)
-        # There is no moment to start from. Twice the columns make up for some of the missing power iteration, ...
+        num_gaussian = self.options.sketch_oversampling + (layer.rank if moments is None else 0)
         omega = test_matrix(
             length=layer.factor_length,
-            moment=None,
-            num_gaussian=layer.rank + max(layer.rank, self.options.sketch_oversampling),
+            moment=None if moments is None else layer.canonical(moments[0]),
+            num_gaussian=num_gaussian,
             seed=self._layer_seed(name),
             device=layer.B.device,
         ).to(outer.dtype)
-        assert self._current is not None
-        if self._current.num_micro_batches == 1:
-            # ... and where the whole gradient A = innerᵀ outer is here, it iterates on itself without being formed.
+        if moments is None:
+            # Nothing to start from: iterate on this micro-batch's A = innerᵀ outer, which need not be formed for it.
             for _ in range(FIRST_POWER_ITERATIONS):
                 image = inner.t() @ (outer @ omega)  # A Ω (k, c)
                 omega = torch.linalg.qr((outer.t() @ (inner @ image)).float()).Q.to(outer.dtype)  # orth(Aᵀ A Ω)
-        return omega
-
-    def _probes(self, name: str, layer: LoQTLinear) -> Tensor:
-        return probe_matrix(length=layer.factor_length, seed=self._layer_seed(name + "/probes"), device=layer.B.device)
+        probes = probe_matrix(
+            length=layer.factor_length,
+            num_probes=NUM_PROBES,
+            seed=self._layer_seed(name + "/probes"),
+            device=layer.B.device,
+        )
+        return torch.cat([omega, probes.to(outer.dtype)], dim=1)
 
     # ---------------------------------------------------------------- from G to P
 
@@ -298,14 +308,15 @@ class Controller:
             report.kept = "the gradient is zero"
         else:
             try:
-                basis, report.method = decompose(gathered.total, layer.rank, self.method(layer))
+                basis, report.method = decompose(gathered.sketch(), layer.rank, self.method(layer))
                 previous = None if first else layer.basis_hat()
-                full = complete_basis(basis.vectors, layer.rank, previous=previous, seed=seed)
+                # A sketch rounded to bf16 hides that its gradient has no more rank than tokens.
+                vectors = basis.vectors[:, : gathered.num_tokens]
+                full = complete_basis(vectors, layer.rank, previous=previous, seed=seed)
             except torch.linalg.LinAlgError as error:
                 report.kept = f"the decomposition failed: {error}"
             else:
-                probed = gathered.total if gathered.probes is None else gathered.probes
-                report.captured_energy = captured_energy(probed, full.vectors)
+                report.captured_energy = captured_energy(gathered.probed(), full.vectors)
         if full is None:
             if not first:
                 return None
@@ -381,7 +392,6 @@ class Controller:
                     if not any(done.name == name for done in current.reports):
                         self.gradient_complete(name)
                         self.apply(name)
-                self._num_reinits += 1
                 report = ReinitReport(current.step, current.seconds, current.reports)
             self._overdue = not applied
             for layer in self.layers.values():
@@ -391,20 +401,14 @@ class Controller:
 
     # ---------------------------------------------------------------- saving
 
-    @property
-    def num_reinits(self) -> int:
-        """Re-initializations made so far."""
-        return self._num_reinits
-
     def state_dict(self) -> dict[str, Any]:
         """JSON: which layers have a P, and whether a skipped step left a re-initialization due."""
         return {
             "initialized": sorted(self._initialized),
             "overdue": self._overdue,
-            "num_reinits": self._num_reinits,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict`."""
         self._initialized = set(state["initialized"])
-        self._overdue, self._num_reinits = bool(state["overdue"]), int(state["num_reinits"])
+        self._overdue = bool(state["overdue"])

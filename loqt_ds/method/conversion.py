@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -111,8 +112,8 @@ def check_rank(linears: dict[str, nn.Linear], rank: int) -> None:
 def quantization_specs(loqt: LoQTConfig, dtype: torch.dtype) -> tuple[QuantSpec, QuantSpec]:
     """How W and how P are stored."""
     return (
-        QuantSpec(loqt.quantize_w, double_quant=loqt.double_quant in ("w", "both"), dense_dtype=dtype),
-        QuantSpec(loqt.quantize_p, double_quant=loqt.double_quant in ("p", "both"), dense_dtype=dtype),
+        QuantSpec(loqt.quantize_w, double_quant=loqt.double_quant_w, dense_dtype=dtype),
+        QuantSpec(loqt.quantize_p, double_quant=loqt.double_quant_p, dense_dtype=dtype),
     )
 
 
@@ -332,11 +333,11 @@ class _CheckpointFiles:
                 )
 
     def _shape(self, name: str) -> list[int]:
-        with safe_open(self._files[name], framework="pt") as file:
+        with _opened(self._files[name]) as file:
             return file.get_slice(name).get_shape()
 
     def _read(self, name: str) -> Tensor:
-        with safe_open(self._files[name], framework="pt") as file:
+        with _opened(self._files[name]) as file:
             return file.get_tensor(name)
 
     def module(self, name: str, module: nn.Module) -> dict[str, Tensor]:
@@ -347,21 +348,32 @@ class _CheckpointFiles:
         return self._read(f"{name}.weight").float()
 
 
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file; ValueError, naming it, where it is damaged."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise ValueError(f"model.path: {file} cannot be read ({error}); copy it again") from error
+
+
 def _tensor_files(directory: Path) -> Iterator[tuple[str, Path]]:
     """(tensor name, file) for each tensor of a safetensors checkpoint, sharded or not."""
     index = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
     if index.is_file():
-        for name, file in json.loads(index.read_text())["weight_map"].items():
+        try:
+            weight_map = dict(json.loads(index.read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"model.path: {index} is no index of shards ({error!r}); copy it again") from error
+        for name, file in weight_map.items():
             if not (directory / file).is_file():
                 raise ValueError(f"model.path={str(directory)!r}: the index names {file}, which is not there")
             yield name, directory / file
     elif single.is_file():
-        try:
-            with safe_open(single, framework="pt") as opened:
-                names = list(opened.keys())
-        except SafetensorError as error:
-            raise ValueError(f"model.path={str(directory)!r}: {single.name} cannot be read: {error}") from error
+        with _opened(single) as opened:
+            names = list(opened.keys())
         for name in names:
             yield name, single
     else:

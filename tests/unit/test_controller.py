@@ -203,52 +203,39 @@ def test_a_sketch_with_a_moment_captures_what_svd_captures():
         assert layer_report.captured_energy == pytest.approx(captured, rel=0.3)
 
 
-def test_a_first_sketch_has_no_moment_and_takes_twice_the_columns():
+def test_a_first_sketch_iterates_on_the_gradient_for_want_of_a_moment():
     f = Fixture(subspace="sketch", sketch_oversampling=2, quantize_p="none")
     f.fill_moments()  # of a step that had no P: they say nothing about the gradient
-    widths: dict[str, int] = {}
-    original = Controller.gradient_complete
-
-    def spy(self: Controller, name: str) -> None:
-        gathered = self._current.accumulated.get(name)
-        if gathered is not None:
-            widths[name] = gathered.total.shape[1]
-        original(self, name)
-
-    f.controller.gradient_complete = spy.__get__(f.controller)
-    xs = [f.inputs(0), f.inputs(1)]
-    gradients = f.dense_gradients(xs)
-    f.step(0, xs=xs)
-    assert set(widths.values()) == {2 * RANK}
-    for name, layer in f.layers.items():
-        matrix = canonical(layer, gradients[name])
-        # A flat spectrum and no power iteration: about 0.7 of the best; a random basis has 0.2 of it.
-        assert energy(matrix, projector(layer)) > 0.6 * energy(matrix, top_projector(matrix, RANK))
-    f.fill_moments()
-    f.step(2)
-    assert set(widths.values()) == {RANK + 2}
-
-
-def test_a_first_sketch_of_one_micro_batch_iterates_on_the_gradient():
-    f = Fixture(subspace="sketch", sketch_oversampling=2, quantize_p="none")
     gradients = f.dense_gradients([f.inputs(0)])
     f.step(0)
     for name, layer in f.layers.items():
         matrix = canonical(layer, gradients[name])
-        assert energy(matrix, projector(layer)) > 0.97 * energy(matrix, top_projector(matrix, RANK))
+        # A flat spectrum: without the iteration it is 0.7 of the best; a random basis has 0.2 of it.
+        assert energy(matrix, projector(layer)) > 0.95 * energy(matrix, top_projector(matrix, RANK))
+
+
+def test_a_first_sketch_sums_all_micro_batches_in_columns_found_on_the_first():
+    f = Fixture(subspace="sketch", sketch_oversampling=2, quantize_p="none")
+    xs = [f.inputs(20, 100), f.inputs(20, 100) + 0.1 * f.inputs(21, 100)]
+    gradients = f.dense_gradients(xs)
+    f.step(0, xs=xs)
+    for name, layer in f.layers.items():
+        matrix = canonical(layer, gradients[name])
+        assert energy(matrix, projector(layer)) > 0.9 * energy(matrix, top_projector(matrix, RANK))
 
 
 def test_a_sketch_is_linear_in_the_micro_batches():
     def bases(num: int) -> dict[str, Tensor]:
         f = Fixture(subspace="sketch", quantize_p="none", sketch_oversampling=4)
-        rows = f.inputs(0, 60)
         # The loss is a mean over rows without coupling between them, so that halves average to the whole.
         f.loss = lambda x: f.model(x).square().mean()
-        f.step(0, xs=list(rows.chunk(num)))
+        f.step(0)
+        f.fill_moments()
+        f.step(2, xs=list(f.inputs(0, 60).chunk(num)))
         return {name: torch.from_numpy(projector(layer)) for name, layer in f.layers.items()}
 
-    halves, parts = bases(2), bases(4)
-    for name, expected in halves.items():
+    whole, parts = bases(1), bases(4)
+    for name, expected in whole.items():
         assert relative(parts[name], expected) < 1e-3
 
 
@@ -443,7 +430,6 @@ def test_layers_are_tapped_in_due_steps_only():
         report = f.controller.end_step(True)
         assert (report is not None) == due and not f.controller.active
         assert all(layer.tap is None for layer in f.layers.values())
-    assert f.controller.num_reinits == 3
 
 
 def test_never_initializes_once():
@@ -546,7 +532,7 @@ def test_a_failed_decomposition_keeps_p_and_the_run_goes_on(monkeypatch):
     for method in ("exact", "gram", "sketch"):
         f = Fixture(subspace=method)
         f.step(0)
-        f.fill_moments()  # without a moment, a sketch of one micro-batch would iterate, which needs a QR too
+        f.fill_moments()  # without a moment, a sketch would iterate, which needs a QR too
         before = f.bytes()
         with monkeypatch.context() as patch:
             for function in ("svd", "eigh", "qr"):
@@ -603,8 +589,10 @@ def test_a_sketching_tap_never_holds_the_gradient():
         f.controller.begin_micro_batch(index)
         f.loss(f.inputs(index)).backward()
     for name, gathered in f.controller._current.accumulated.items():
-        assert gathered.total.shape == (f.layers[name].basis_shape[0], RANK + 2)
-        assert gathered.probes.shape == (f.layers[name].basis_shape[0], 8)
+        layer = f.layers[name]
+        assert gathered.sketch().shape == (layer.basis_shape[0], RANK + 2)
+        assert gathered.probed().shape == (layer.basis_shape[0], 8)
+        assert gathered.columns.shape == (layer.factor_length, RANK + 2 + 8)
     f.controller.end_step(True)
 
 
@@ -634,7 +622,6 @@ def test_state_is_json_and_comes_back():
     two.model.load_state_dict(one.model.state_dict())
     two.controller.load_state_dict(state)
     assert two.controller.state_dict() == one.controller.state_dict()
-    assert two.controller.num_reinits == 1
     for f in (one, two):
         assert f.step(3) is not None  # overdue, and not a first initialization any more
     assert same(one.bytes(), two.bytes())

@@ -28,6 +28,7 @@ LEVELS = {
     "loqt_ds.engines": 3.0,
     "loqt_ds.evaluation": 3.5,
     "loqt_ds.trainer": 4.0,
+    "loqt_ds.rundir": 4.2,
     "loqt_ds.run": 4.5,
     "loqt_ds.finish": 4.5,
     "loqt_ds.train": 5.0,

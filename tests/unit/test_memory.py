@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from loqt_ds.config import Config, load_config
-from loqt_ds.memory import GIB, main, model_description, moment_bytes, plan
+from loqt_ds.memory import GIB, main, moment_bytes, plan, planned_model
 from loqt_ds.method.conversion import convert
 from loqt_ds.method.linear import LoQTLinear
 
@@ -189,7 +189,7 @@ def test_total_is_the_largest_phase(shape: str) -> None:
 
 def test_vocabulary_before_the_tokenizer_is_known(shape: str) -> None:
     def rows(*overrides: str, vocab_size: int | None = None) -> int:
-        return int(model_description(configured(shape, *overrides), vocab_size=vocab_size)[0].vocab_size)
+        return int(planned_model(configured(shape, *overrides), vocab_size=vocab_size)[0].vocab_size)
 
     assert rows() == 331
     assert rows("model.vocab_size=400") == 400
