@@ -169,13 +169,20 @@ def test_checkpointing_accumulation_and_layerwise_save_what_they_should(shape: s
     assert layerwise["gradients"] == 4 * 331 * 72  # the largest parameter's alone
 
 
-def test_sketches_of_7b_and_13b_are_those_of_the_design() -> None:
-    """ARCHITECTURE.md: all sketches at rank 1024 are 1.8 GiB at 7B and 2.8 GiB at 13B, once there is a moment."""
-    for name, gib in (("llama_7b", 1.8), ("llama_13b", 2.8)):
-        overrides = ["optim.layerwise=false", "train.gradient_accumulation_steps=2"]
-        first = plan(load_config(name, overrides)).entries["reinit_gathered"] / GIB
-        # the first time there is no moment and the sketch has 2 r columns instead of r + 32
-        assert first * (1024 + 32 + 8) / (2 * 1024 + 8) == pytest.approx(gib, rel=0.05)
+@pytest.mark.parametrize(
+    ("name", "hidden", "intermediate", "num_layers", "gib"),
+    [("llama_7b", 4096, 11008, 32, 1.8), ("llama_13b", 5120, 13824, 40, 2.8)],
+)
+def test_sketches_are_those_of_the_design(
+    name: str, hidden: int, intermediate: int, num_layers: int, gib: float
+) -> None:
+    """ARCHITECTURE.md: all sketches at rank 1024 are 1.8 GiB at 7B and 2.8 GiB at 13B; their columns come on top."""
+    overrides = ["optim.layerwise=false", "train.gradient_accumulation_steps=2"]
+    columns = 1024 + 32 + 8
+    sketches = 2 * columns * 7 * hidden * num_layers
+    lengths = 2 * columns * (4 * hidden + 3 * intermediate) * num_layers
+    assert sketches / GIB == pytest.approx(gib, rel=0.05)
+    assert plan(load_config(name, overrides)).entries["reinit_gathered"] == sketches + lengths
 
 
 def test_total_is_the_largest_phase(shape: str) -> None:
