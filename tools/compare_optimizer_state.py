@@ -24,7 +24,7 @@ STATES = ("keep", "reset", "project")
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks/results/optimizer_state"
 NUM_STEPS_AROUND = 5  # the jump at a re-initialization: mean loss of that many steps after it less that before it
 
-# The 9M shape on Wikipedia text that is never seen twice, with nine re-initializations.
+# The 9M shape on Wikipedia text that is never seen twice, with ten initializations.
 OPTIONS = """
     model.shape=llama_9m model.vocab_size=auto loqt.rank=32 loqt.alpha=0.5 loqt.interval=25 loqt.growth=1.2
     data.tokenizer_vocab_size=4096 data.sequence_length=256 optim.name=adamw8bit optim.lr=0.01
