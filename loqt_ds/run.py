@@ -104,7 +104,9 @@ def prepare(config: Config, *, ds_config: dict[str, Any] | None = None, say: Say
         extra_metadata={"model_config": model_config.to_dict(), "ds_config": ds_config},
         directories={"tokenizer": directory / "tokenizer"},
     )
-    if checkpoint is not None:
+    if checkpoint is None:
+        logger.event("data", {"step": 0, **data.summary})
+    else:
         trainer.restore(checkpoint)
         say(f"going on from {checkpoint.path} (step {checkpoint.step})")
     resumed_step = None if checkpoint is None else checkpoint.step
