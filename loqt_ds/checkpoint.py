@@ -494,7 +494,10 @@ def find_checkpoint(
         return _newest_valid(Path(root), say, f"{option}=auto")
     path = Path(resume)
     if (path / MANIFEST_FILE).exists() or _STEP_NAME.fullmatch(path.name):
-        load_checkpoint(path)
+        try:
+            load_checkpoint(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{option}={resume}: {error}") from error
         return path
     for directory in (path, path / "checkpoints"):
         found = _newest_valid(directory, say, f"{option}={resume}") if directory.is_dir() else None

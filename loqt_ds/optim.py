@@ -162,7 +162,8 @@ def restore_state(optimizer: Any, tensor: Tensor, saved: dict[str, Tensor]) -> N
         if key == "step":
             state[key] = value.clone() if is_torch else int(value)
         else:
-            state[key] = value.to(tensor.device)
+            # A copy: a checkpoint's tensors are mapped, and would hold the disk space of its file after its deletion.
+            state[key] = value.to(tensor.device, copy=True)
     if "absmax1" in state:
         optimizer.fill_qmap()
         state["qmap1"] = optimizer.name2qmap["dynamic"].to(tensor.device)

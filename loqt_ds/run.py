@@ -32,7 +32,7 @@ from loqt_ds.method.conversion import (
 )
 from loqt_ds.method.description import model_description, training_dtype
 from loqt_ds.metrics import MetricsLogger
-from loqt_ds.rundir import choose_checkpoint, choose_directory, claim_directory, write_options
+from loqt_ds.rundir import choose_checkpoint, choose_directory, claim_directory, compare_model, write_options
 from loqt_ds.trainer import Trainer
 
 Say = Callable[[str], None]
@@ -79,6 +79,9 @@ def prepare(config: Config, *, ds_config: dict[str, Any] | None = None, say: Say
     tokenizer = load_or_train_tokenizer(config, say)
     model_config = configure_model(config, tokenizer)
     data = build_data(config, tokenizer, say=say)
+    if checkpoint is not None:
+        compare_model(checkpoint, model_config)
+        data.train.load_state_dict(checkpoint.metadata["data"])  # refuses other data, before anything is loaded
     directory, lock = claim_directory(config, chosen)
     write_options(config, directory, ds_config)
     tokenizer.save(directory / "tokenizer", say=say)

@@ -132,6 +132,11 @@ def choose_checkpoint(
     if path is None:
         return None
     checkpoint = load_checkpoint(path, verify=False)  # find_checkpoint has just verified it
+    engine = checkpoint.metadata["engine_state"]["engine"]
+    if engine != ("single" if ds_config is None else "deepspeed"):
+        raise CheckpointError(
+            f"checkpoint.resume: {path} was written by the {engine} engine; go on with the command that began the run"
+        )
     compare_options(checkpoint, config, ds_config, say)
     return checkpoint
 
@@ -159,6 +164,18 @@ def compare_options(checkpoint: Checkpoint, config: Config, ds_config: dict[str,
             raise CheckpointError(
                 f"--ds_config: {name}={now_ds.get(name)} differs from {before_ds.get(name)} of {checkpoint.path}; go "
                 "on with the DeepSpeed configuration that began the run"
+            )
+
+
+def compare_model(checkpoint: Checkpoint, model_config: Any) -> None:
+    """Refuses a checkpoint of another model: the file that model.shape names may have been edited since."""
+    saved = _flatten(checkpoint.metadata["model_config"])
+    given = json.loads(json.dumps(_flatten(model_config.to_dict())))
+    for name in sorted(saved.keys() | given.keys()):
+        if name not in ("transformers_version", "_name_or_path", "dtype") and saved.get(name) != given.get(name):
+            raise CheckpointError(
+                f"{name}={given.get(name)} of the model differs from {name}={saved.get(name)} of {checkpoint.path}, "
+                "which belongs to another model; go on with the model that began the run, or start a new run"
             )
 
 

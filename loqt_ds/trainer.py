@@ -67,6 +67,8 @@ class Trainer:
         self._num_tokens = 0  # predicted tokens so far, over all ranks
         self._num_skipped, self._skipped_in_a_row = 0, 0
         self._last_checkpoint: Path | None = None
+        self._proven_checkpoint: Path | None = None  # the last one after which a step succeeded
+        self._save_is_due = False
         self._signal: int | None = None
 
     # ---------------------------------------------------------------- the run
@@ -101,7 +103,10 @@ class Trainer:
                 if config.eval.every and done % config.eval.every == 0:
                     evaluated = self._evaluate()
                 self._stop_if_hopeless()
-                if self._signal is not None or done % config.checkpoint.every == 0 or done == config.train.max_steps:
+                self._save_is_due |= done % config.checkpoint.every == 0
+                ending = self._signal is not None or done == config.train.max_steps
+                # What a skipped step leaves may be a spoiled model: it must not push out the checkpoints before it.
+                if ending or (self._save_is_due and not self._skipped_in_a_row):
                     self._save()
                 if self._signal is not None and done < config.train.max_steps:
                     self._stop_for_signal()
@@ -147,6 +152,7 @@ class Trainer:
             )
         else:
             self._skipped_in_a_row = 0
+            self._proven_checkpoint = self._last_checkpoint
         self._logger.step(
             {
                 "step": done,
@@ -207,21 +213,28 @@ class Trainer:
                 raise TrainingFailed(
                     f"the checkpoint of step {step} could not be written: {error}. {self.last_checkpoint()}"
                 ) from error
-            self._last_checkpoint = path
+            self._last_checkpoint, self._save_is_due = path, False
             self._logger.event("checkpoint", {"step": step, "path": str(path)})
 
     def last_checkpoint(self) -> str:
         """A sentence on where to go on from."""
-        if self._last_checkpoint is None:
+        return self._where_to_go_on(self._last_checkpoint)
+
+    def _where_to_go_on(self, path: Path | None) -> str:
+        if path is None:
             return "There is no checkpoint before it."
-        resume = "auto" if self._last_checkpoint.parent == self._checkpoints else self._last_checkpoint
-        return f"The last good checkpoint is {self._last_checkpoint}; go on from it with checkpoint.resume={resume}."
+        is_newest = path == self._last_checkpoint and path.parent == self._checkpoints
+        resume = "auto" if is_newest else path
+        return f"The last good checkpoint is {path}; go on from it with checkpoint.resume={resume}."
 
     def _stop_if_hopeless(self) -> None:
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            # The newest one may hold what the last update before the bad steps has spoiled.
+            proven = self._proven_checkpoint
+            good = proven if proven is not None and proven.is_dir() else self._last_checkpoint
             raise TrainingFailed(
                 f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a gradient that is not finite (up to step "
-                f"{self._engine.step_index}); lower optim.lr or set train.max_grad_norm. {self.last_checkpoint()}"
+                f"{self._engine.step_index}); lower optim.lr or set train.max_grad_norm. {self._where_to_go_on(good)}"
             )
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:

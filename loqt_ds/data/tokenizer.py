@@ -273,6 +273,11 @@ def _trained(config: Any, say: Say) -> SentencePieceTokenizer:
 
     def build(directory: Path) -> None:
         texts = sample or list(_sample(corpus, split))
+        if not any(text.strip("\n") for text in texts):
+            raise DataError(
+                f"{corpus.option} holds no text to train a tokenizer from (documents identical to held-out ones are "
+                "kept out of training); set data.tokenizer, or give more text"
+            )
         say(f"training a tokenizer of {size} pieces from {sum(map(len, texts)) / 1e6:.1f} million characters")
         model = train_sentencepiece(texts, size, workers=num_workers(data.num_processes))
         tokenizer = SentencePieceTokenizer(model, "trained", trained_here=True)
@@ -318,7 +323,7 @@ def train_sentencepiece(texts: Sequence[str], vocab_size: int, *, workers: int =
             yield from filter(None, text.split("\n"))
 
     if next(islice(lines(), 1), None) is None:
-        raise DataError("data.path holds no text to train a tokenizer from; set data.tokenizer, or give more text")
+        raise DataError("there is no text to train a tokenizer from; set data.tokenizer, or give more text")
     buffer = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
