@@ -44,6 +44,7 @@ def finished(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> tu
 def test_a_run_directory_holds_what_was_promised(finished: tuple[Path, str]) -> None:
     run, _ = finished
     assert {path.name for path in run.iterdir()} == {
+        ".lock",
         "config.yaml",
         "metrics.jsonl",
         "tensorboard",
@@ -168,7 +169,9 @@ def test_numbered_runs_and_a_refused_directory(workshop: Workshop, here: Path) -
     (here / "mine").mkdir()
     (here / "mine" / "thesis.txt").write_text("years of work", encoding="utf-8")
     refused = workshop.train(output_dir=here / "mine", **quick)
-    assert refused.status == 2 and "holds files already" in refused.errors
+    assert (
+        refused.status == 2 and "holds other files and no run" in refused.errors and "empty directory" in refused.errors
+    )
     (here / "empty").mkdir()
     workshop.train(output_dir=here / "empty", **quick).ok()
 
@@ -185,21 +188,30 @@ def test_resume_auto_goes_on_with_the_newest_numbered_run(workshop: Workshop, he
 # ---------------------------------------------------------------- the configuration that is written
 
 
-def test_the_written_configuration_alone_repeats_the_run(workshop: Workshop, tmp_path: Path) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
+@pytest.mark.parametrize("deepspeed", [False, True], ids=["single", "deepspeed"])
+def test_the_written_configuration_alone_repeats_the_run(workshop: Workshop, here: Path, deepspeed: bool) -> None:
+    first = here / "first"
     workshop.train(
-        output_dir=first, loqt__optimizer_state="project", loqt__double_quant="both", optim__betas="[0.8, 0.95]"
+        deepspeed=deepspeed,
+        output_dir=first,
+        loqt__optimizer_state="project",
+        loqt__double_quant="both",
+        optim__betas="[0.8, 0.95]",
     ).ok()
     written = first / "config.yaml"
     content = yaml.safe_load(written.read_text(encoding="utf-8"))
     assert content["train"]["dtype"] in ("bf16", "fp32"), "what `auto` meant is written down"
-    repeated = main(["--config", str(written), f"output_dir={second}"]).ok()
-    assert losses(first) == losses(second), repeated.output
-    changed = load_config(second / "config.yaml").to_dict() | {"output_dir": str(first)}
-    assert changed == load_config(written).to_dict()
+    alone = ["--config", str(written)]
+    if deepspeed:
+        alone += ["--ds_config", str(first / "ds_config.json")]
+    repeated = main(alone, deepspeed=deepspeed).ok()
+    second = here / "runs" / "default-0001"
+    assert f"run directory: {second}" in repeated.output, "in a directory of its own"
+    assert losses(first) == losses(second)
+    assert load_config(second / "config.yaml") == load_config(written)
     # and a changed seed is another run, so that the equality above means something
-    main(["--config", str(written), f"output_dir={tmp_path / 'third'}", "train.seed=1"]).ok()
-    assert losses(tmp_path / "third") != losses(first)
+    main([*alone, "train.seed=1"], deepspeed=deepspeed).ok()
+    assert losses(here / "runs" / "default-0002") != losses(first)
 
 
 # ---------------------------------------------------------------- help
