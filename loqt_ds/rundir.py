@@ -51,7 +51,7 @@ def choose_directory(config: Config, say: Say) -> Path | None:
     directory = Path(config.output_dir)
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"output_dir={directory} is a file; give a directory")
-    if directory.is_dir() and any(directory.iterdir()):
+    if directory.is_dir() and any(path.name != LOCK_FILE for path in directory.iterdir()):
         is_run = (directory / "config.yaml").exists() or (directory / "checkpoints").exists()
         if not is_run:
             raise ConfigError(f"output_dir={directory} holds other files and no run; give a new or empty directory")
