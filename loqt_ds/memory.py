@@ -40,7 +40,7 @@ from torch import nn
 from loqt_ds.config import Config, load_config
 from loqt_ds.core.quantization import packed_layout
 from loqt_ds.method.controller import NUM_PROBES, subspace_method
-from loqt_ds.method.conversion import build_meta, loqt_layers
+from loqt_ds.method.conversion import build_meta, loqt_layers, output_head
 from loqt_ds.method.description import model_description, training_dtype
 from loqt_ds.method.linear import LoQTLinear
 
@@ -205,8 +205,7 @@ def _linear_bytes(model: nn.Module, itemsize: int) -> tuple[int, int]:
     """Bytes per token that the linears of all layers keep for their backward, the output head apart: (in an ordinary
     step, and how much more while tapped)."""
     total = tapped = 0
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
+    head = output_head(model)
     for parent in model.modules():
         # by name of the parent's child: q, k, v of one attention, or gate and up of one MLP, share their input, while
         # the projection back (o, down) has one of its own

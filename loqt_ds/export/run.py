@@ -24,7 +24,8 @@ from loqt_ds.export import writer
 from loqt_ds.export.pack import EXPORT_DTYPE, WeightFormat, pack_layer, packed_num_bytes
 from loqt_ds.export.report import GIB, ExportError, ExportReport, LayerReport
 from loqt_ds.export.verify import Expected, verify_export
-from loqt_ds.method.conversion import build_meta, loqt_layers, tie_weights
+from loqt_ds.method.conversion import build_meta, loqt_layers, output_head, tie_weights
+from loqt_ds.method.description import transformers_config
 from loqt_ds.method.linear import LoQTLinear
 
 FORMATS = ("nf4", "bf16")
@@ -235,8 +236,7 @@ def _dense_tensors(
         f"{name}.{key}" for name, layer in layers.items() for key in layer.state_dict(keep_vars=True) if key != "bias"
     }
     tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in own}
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
+    head = output_head(model)
     head_names = {name for name, module in model.named_modules() if module is head and head is not None}
     # The head comes last, so that of a tied pair the embedding's name is met first and stays.
     order = sorted(tensors, key=lambda name: name.rpartition(".")[0] in head_names)
@@ -272,13 +272,10 @@ def _units(expected: Expected, reports: list[LayerReport]) -> list[writer.Unit]:
 
 def _rebuild(checkpoint: Checkpoint) -> tuple[nn.Module, Any]:
     """The trained model on the CPU, its trained parameters replaced by their fp32 masters where there are any."""
-    from transformers import AutoConfig
-
     for key in ("model_config", "config"):
         if key not in checkpoint.metadata:
             raise ExportError(f"{checkpoint.path} was not written by a training run: its metadata has no {key!r}")
-    description = dict(checkpoint.metadata["model_config"])
-    model_config = AutoConfig.for_model(description.pop("model_type"), **description)
+    model_config = transformers_config(checkpoint.metadata["model_config"], str(checkpoint.path))
     loqt = from_dict(checkpoint.metadata["config"], source=str(checkpoint.path)).loqt
     state = checkpoint.tensors("model")
     trained_dtypes = {tensor.dtype for name, tensor in state.items() if name.endswith(".B")}

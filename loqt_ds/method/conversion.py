@@ -48,7 +48,8 @@ def loqt_layers(model: nn.Module) -> dict[str, LoQTLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoQTLinear)}
 
 
-def _head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that makes logits, where the model says which it is."""
     getter = getattr(model, "get_output_embeddings", None)
     return getter() if callable(getter) else None
 
@@ -62,7 +63,7 @@ def target_linears(model: nn.Module, target_modules: str | list[str]) -> dict[st
     Raises ValueError, listing the names there are, if nothing matches, a listed suffix matches nothing, or the output
     head or a shared weight is asked for.
     """
-    head = _head(model)
+    head = output_head(model)
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -198,7 +199,7 @@ def tie_weights(model: nn.Module) -> None:
 def _tied_head(model: nn.Module) -> nn.Module | None:
     """The output head, if it has no weight of its own."""
     config = getattr(model, "config", None)
-    return _head(model) if getattr(config, "tie_word_embeddings", False) else None
+    return output_head(model) if getattr(config, "tie_word_embeddings", False) else None
 
 
 def _materialize(module: nn.Module, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
