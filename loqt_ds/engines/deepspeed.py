@@ -203,20 +203,15 @@ def _derived(given: dict[str, Any], config: Config, file: Path) -> dict[str, Any
 
 
 def start_distributed() -> None:
-    """Joins the process group of the launcher; without one, makes a group of one process."""
+    """Makes a process group of one process, with or without a launcher."""
     # Its warnings about this engine's choices (an optimizer "untested" with ZeRO) are answered in this module.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ |= {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
+    # The launcher gives every run the same port: a second run on the machine would find it taken.
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.setdefault("LOCAL_RANK", "0")
     # The shared-memory transport would be compiled at the first start (35 s), and one process never uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
