@@ -366,7 +366,7 @@ def test_a_run_whose_checkpoints_are_all_damaged(workshop: Workshop, tmp_path: P
     [
         ({"loqt__rank": 8}, ["loqt.rank=8", "loqt.rank=16"]),
         ({"loqt__quantize_w": "fp4"}, ["loqt.quantize_w=fp4", "nf4"]),
-        ({"optim__lr": 0.5}, ["optim.lr=0.5", "0.01"]),
+        ({"optim__lr": 0.5}, ["optim.lr=0.5", "differs from optim.lr="]),
         ({"train__seed": 9}, ["train.seed=9", "train.seed=0"]),
         ({"data__sequence_length": 16}, ["data.sequence_length=16", "data.sequence_length=32"]),
     ],

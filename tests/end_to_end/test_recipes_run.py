@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -114,17 +116,22 @@ def test_the_twins_keep_what_makes_recipes_different() -> None:
 def test_a_deepspeed_configuration_runs_under_the_real_launcher(
     ds_config: Path, workshop: Workshop, tmp_path: Path
 ) -> None:
-    """Also that a stranger's terminal gets nothing odd from the program itself."""
+    """Also that a stranger's terminal gets nothing odd from the program itself, and that it starts while another run
+    has the launcher's port."""
     assert json.loads(ds_config.read_text(encoding="utf-8"))["zero_optimization"]["stage"] in (1, 2)
     run = tmp_path / "run"
     values = {"model.shape": workshop.shape, "data.path": workshop.corpus} | TINY
     values |= {"output_dir": run, "export.format": "nf4", "eval.num_samples": 1, "eval.sample_tokens": 4}
     values |= {"train.max_steps": 6, "checkpoint.every": 3}
-    done = command(
-        *("deepspeed", REPOSITORY / "launch" / "pretrain.py", "--ds_config", ds_config),
-        *(f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in values.items()),
-        cwd=tmp_path,
-    ).ok()
+    with socket.socket() as other:
+        with contextlib.suppress(OSError):  # if another run has it, so much the better
+            other.bind(("127.0.0.1", 29500))
+            other.listen()
+        done = command(
+            *("deepspeed", REPOSITORY / "launch" / "pretrain.py", "--ds_config", ds_config),
+            *(f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in values.items()),
+            cwd=tmp_path,
+        ).ok()
     assert sorted(losses(run)) == [1, 2, 3, 4, 5, 6] and len(events(run, "reinit")) == 2
     (export,) = events(run, "export")
     assert export["perplexity"] == pytest.approx(export["perplexity_trained"], rel=0.1)
