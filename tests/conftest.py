@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+# Before torch loads: OpenMP's waiting threads spin, and where cores are shared (two of them, with the tests' own
+# processes beside this one) tiny models then train ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
