@@ -115,7 +115,11 @@ def write_options(config: Config, directory: Path, ds_config: dict[str, Any] | N
     checkpoint = dataclasses.replace(config.checkpoint, resume="none")
     save_yaml(dataclasses.replace(config, checkpoint=checkpoint, output_dir=None), directory / "config.yaml")
     if ds_config is not None:
-        write_json(directory / DS_CONFIG_FILE, ds_config)
+        file = directory / DS_CONFIG_FILE
+        temporary = file.with_name(f".{file.name}.tmp")
+        temporary.unlink(missing_ok=True)
+        write_json(temporary, ds_config)  # refuses a file that is there, and a run that goes on has one
+        os.replace(temporary, file)
 
 
 def choose_checkpoint(

@@ -265,9 +265,10 @@ def test_auto_passes_over_a_damaged_checkpoint(workshop: Workshop, tmp_path: Pat
     assert losses(run) == losses(whole)
 
 
-def test_a_finished_run_can_be_made_longer(workshop: Workshop, tmp_path: Path) -> None:
+@pytest.mark.parametrize("deepspeed", [False, True], ids=["single", "deepspeed"])
+def test_a_finished_run_can_be_made_longer(workshop: Workshop, tmp_path: Path, deepspeed: bool) -> None:
     run = tmp_path / "run"
-    workshop.train(output_dir=run, train__max_steps=3).ok()
-    longer = workshop.train(output_dir=run, checkpoint__resume="auto", train__max_steps=5).ok()
+    workshop.train(deepspeed=deepspeed, output_dir=run, train__max_steps=3).ok()
+    longer = workshop.train(deepspeed=deepspeed, output_dir=run, checkpoint__resume="auto", train__max_steps=5).ok()
     assert "train.max_steps was 3 and is 5" in longer.output
     assert sorted(losses(run)) == [1, 2, 3, 4, 5]
