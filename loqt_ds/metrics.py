@@ -179,7 +179,7 @@ class MetricsLogger:
                 unit="step",
                 **_bar_size(),
                 # tqdm's own rate and time left; loss, lr and tokens/s are the postfix
-                bar_format="{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining} {postfix}",
+                bar_format="{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}",
             )
 
     @contextmanager

@@ -238,9 +238,11 @@ class Trainer:
             )
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
-        if self._signal is not None:  # asked twice: now, not after the step
+        # The same signal twice means now, not after the step. (Ctrl-C under a launcher comes as SIGINT, and again as
+        # SIGTERM from the launcher: that is one wish.)
+        if signum == self._signal:
             raise Interrupted(signum, f"stopped at once by {signal.Signals(signum).name}. {self.last_checkpoint()}")
-        self._signal = signum
+        self._signal = self._signal or signum
 
     def _stop_for_signal(self) -> None:
         assert self._signal is not None

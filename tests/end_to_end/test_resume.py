@@ -228,6 +228,41 @@ def test_a_signal_during_the_last_step_is_a_finished_run(
     assert signal.getsignal(signal.SIGTERM) is before, "the handlers are given back"
 
 
+@pytest.mark.parametrize(
+    ("signals", "saved", "said"),
+    [
+        ((signal.SIGINT, signal.SIGTERM), ["step_0", "step_3"], "stopped by SIGINT after step 3"),
+        ((signal.SIGINT, signal.SIGINT), ["step_0"], "stopped at once by SIGINT"),
+    ],
+    ids=["launcher", "impatient"],
+)
+def test_two_signals(
+    workshop: Workshop,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    signals: tuple[signal.Signals, ...],
+    saved: list[str],
+    said: str,
+) -> None:
+    """Ctrl-C in the terminal of a launcher reaches the program twice: from the terminal, and as the launcher's SIGTERM.
+    It still saves. Who presses Ctrl-C twice wants to be out."""
+    from loqt_ds.trainer import Trainer
+
+    record = Trainer._record
+
+    def and_signals(self: Trainer, report: Any, *rest: Any) -> None:
+        record(self, report, *rest)
+        if report.step == 2:
+            for number in signals:
+                signal.raise_signal(number)
+
+    monkeypatch.setattr(Trainer, "_record", and_signals)
+    stopped = workshop.train(output_dir=tmp_path / "run", train__max_steps=5)
+    assert stopped.status == 128 + signal.SIGINT and said in stopped.errors
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == saved
+    assert "checkpoint.resume=auto" in stopped.errors
+
+
 @pytest.mark.slow
 def test_killed_under_deepspeed(workshop: Workshop, tmp_path: Path) -> None:
     run, log, straight = tmp_path / "run", tmp_path / "log", tmp_path / "straight"
