@@ -6,7 +6,6 @@ Parse, build, train, finish. `launch/pretrain.py` calls the same `main` with a D
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -23,7 +22,6 @@ def set_environment() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional kernel that is not used here
 
 
 def parse(arguments: Sequence[str] | None, *, deepspeed: bool) -> argparse.Namespace:

@@ -17,6 +17,7 @@ def test_a_trained_model_is_loaded_trained_further_and_exported(real_data: Path,
         cwd=tmp_path,
     ).ok()
     assert f"model.path={model}" in converted.output, "it says what to type next"
+    assert converted.errors == ""
     done = main(
         [
             *("model.shape=null", "model.vocab_size=null", f"model.path={model}"),

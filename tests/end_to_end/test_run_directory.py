@@ -140,6 +140,7 @@ def test_the_export_command_it_names_works(finished: tuple[Path, str], tmp_path:
     done = command(sys.executable, script, *words[2:], cwd=tmp_path).ok()
     assert (tmp_path / "exported" / "model.safetensors").is_file(), done.output
     assert "reloaded with transformers" in done.output
+    assert done.errors == "", "warnings of other packages are noise in every user's terminal"
 
 
 # ---------------------------------------------------------------- names of directories
