@@ -5,10 +5,11 @@
 
 The gradient of each adapted matrix is taken on batch after batch of the text, at fixed weights. P of the first batch
 and the batches after it give the first moment of B that training would have (beta 0.9), from which the sketch starts;
-then the three methods see the same gradient. "In sample" is the part of this gradient's energy that P holds; "next
-step", of the gradient of the batch after it, which is what P is for. Times are of the decompositions (for the sketch
-with its product A Ω), as ratios to the exact SVD on the same machine; also on one matrix of the 350M shape with an
-invented spectrum. Numbers go to benchmarks/results/subspace.
+then all methods see the same gradient; the first sketch has no moment and iterates on the gradient instead. "In
+sample" is the part of this gradient's energy that P holds; "next step", of the gradient of the batch after it, which
+is what P is for. Times are of the decompositions (for the sketch with its product A Ω), as ratios to the exact SVD on
+the same machine; also on one matrix of the 350M shape with an invented spectrum. Numbers go to
+benchmarks/results/subspace.
 """
 
 from __future__ import annotations
@@ -28,9 +29,18 @@ import torch
 from torch import Tensor, nn
 
 from loqt_ds.config import load_config
-from loqt_ds.core.subspace import captured_energy, exact_basis, gram_basis, resolve_side, sketch_basis, test_matrix
+from loqt_ds.core.subspace import (
+    captured_energy,
+    exact_basis,
+    gram_basis,
+    power_iterate,
+    resolve_side,
+    sketch_basis,
+    test_matrix,
+)
 from loqt_ds.data import build_data, load_or_train_tokenizer
 from loqt_ds.evaluation import model_inputs, num_predicted, summed_loss
+from loqt_ds.method.controller import FIRST_POWER_ITERATIONS
 from loqt_ds.method.conversion import target_linears
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks/results/subspace"
@@ -55,17 +65,21 @@ def gradients(model: nn.Module, linears: dict[str, nn.Linear], batches: Any) -> 
 def methods(gradient: Tensor, moment: Tensor, rank: int) -> dict[str, Callable[[], Tensor]]:
     """Name -> function that gives P (k, r)."""
 
-    def sketch(start: Tensor | None, num_gaussian: int) -> Callable[[], Tensor]:
-        omega = test_matrix(
-            length=gradient.shape[1], moment=start, num_gaussian=num_gaussian, seed=SEED, device="cpu"
-        )  # made once a re-initialization, before the batches: not timed
+    length = gradient.shape[1]
+
+    def sketch(omega: Tensor) -> Callable[[], Tensor]:
+        # The columns are made once a re-initialization, before the batches: not timed.
         return lambda: sketch_basis(gradient @ omega, rank).vectors
 
+    seeded = test_matrix(length=length, moment=moment, num_gaussian=OVERSAMPLING, seed=SEED, device="cpu")
+    blind = test_matrix(length=length, moment=None, num_gaussian=rank + OVERSAMPLING, seed=SEED, device="cpu")
+    identity = torch.eye(gradient.shape[0])
     return {
         "exact": lambda: exact_basis(gradient, rank).vectors,
         "gram": lambda: gram_basis(gradient, rank).vectors,
-        "sketch": sketch(moment, OVERSAMPLING),
-        "sketch without a moment": sketch(None, rank + max(rank, OVERSAMPLING)),
+        "sketch": sketch(seeded),
+        "first sketch": sketch(power_iterate(blind, identity, gradient, iterations=FIRST_POWER_ITERATIONS)),
+        "sketch of Gaussian columns": sketch(blind),
     }
 
 

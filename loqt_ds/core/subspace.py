@@ -203,6 +203,18 @@ def test_matrix(
     return q.to(dtype)
 
 
+@torch.no_grad()
+def power_iterate(omega: Tensor, inner: Tensor, outer: Tensor, *, iterations: int) -> Tensor:
+    """Turns Ω (l, c) towards the leading right singular vectors of A = innerᵀ outer, which is never formed.
+
+    inner (T, k), outer (T, l); each iteration is Ω ← orth(Aᵀ A Ω). Returns the dtype of `omega`.
+    """
+    for _ in range(iterations):
+        image = inner.t() @ (outer @ omega)  # A Ω (k, c)
+        omega = torch.linalg.qr((outer.t() @ (inner @ image)).float()).Q.to(omega.dtype)
+    return omega
+
+
 def _unit_columns(matrix: Tensor) -> Tensor:
     """Columns scaled to length 1, in two steps so that tiny ones do not underflow; hopeless ones become zero."""
     matrix = torch.nan_to_num(matrix, nan=torch.inf)

@@ -41,6 +41,7 @@ from loqt_ds.core.subspace import (
     decompose,
     layer_seed,
     overlap,
+    power_iterate,
     probe_matrix,
     project_moments,
     test_matrix,
@@ -264,10 +265,8 @@ class Controller:
             device=layer.B.device,
         ).to(outer.dtype)
         if moments is None:
-            # Nothing to start from: iterate on this micro-batch's A = innerᵀ outer, which need not be formed for it.
-            for _ in range(FIRST_POWER_ITERATIONS):
-                image = inner.t() @ (outer @ omega)  # A Ω (k, c)
-                omega = torch.linalg.qr((outer.t() @ (inner @ image)).float()).Q.to(outer.dtype)  # orth(Aᵀ A Ω)
+            # Nothing to start from: iterate on this micro-batch's gradient, which need not be formed for it.
+            omega = power_iterate(omega, inner, outer, iterations=FIRST_POWER_ITERATIONS)
         probes = probe_matrix(
             length=layer.factor_length,
             num_probes=NUM_PROBES,
