@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from killable import finish, start, wait_until
 from workshop import Workshop, events, losses, records
 
 from loqt_ds.trainer import Trainer
@@ -192,3 +193,23 @@ def test_no_signal_or_failure_leaves_a_lock_behind(workshop: Workshop, tmp_path:
     )
     assert again.status == 1 and "10 steps in a row" in again.errors
     assert os.listdir(run / "checkpoints")
+
+
+def test_two_processes_in_one_directory(workshop: Workshop, tmp_path: Path) -> None:
+    """The second would write over the first one's checkpoints; it is told, and nothing of the first is touched."""
+    run = tmp_path / "run"
+    options: dict[str, Any] = {"output_dir": run, "train__max_steps": 400, "checkpoint__resume": "auto"}
+    first = start(workshop.overrides(**options), log=tmp_path / "log")
+    try:
+        wait_until(lambda: (run / "metrics.jsonl").exists() and bool(losses(run)), first)
+        assert first.is_alive(), (tmp_path / "log").read_text()
+        written = (run / "config.yaml").stat().st_mtime_ns
+        second = workshop.train(**options)
+        assert second.status == 2
+        assert f"output_dir={run}" in second.errors and "still running" in second.errors
+        assert (run / "config.yaml").stat().st_mtime_ns == written
+        assert first.is_alive(), "long enough to have been there all the time"
+    finally:
+        first.kill()
+        finish(first)
+    assert not events(run, "resume")
