@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -61,6 +62,9 @@ def main(arguments: Sequence[str] | None = None, *, deepspeed: bool = False) -> 
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR
+    except KeyboardInterrupt:
+        print("stopped by SIGINT before the first step", file=sys.stderr)
+        return 128 + signal.SIGINT
     from torch import OutOfMemoryError
 
     from loqt_ds.finish import finish
@@ -76,6 +80,9 @@ def main(arguments: Sequence[str] | None = None, *, deepspeed: bool = False) -> 
     except (ValueError, OSError, OutOfMemoryError) as error:
         print(f"error: {error}. {run.trainer.last_checkpoint()}", file=sys.stderr)
         return FAILED
+    except KeyboardInterrupt:  # during the export; training itself turns the signal into Interrupted
+        print(f"stopped by SIGINT. {run.trainer.last_checkpoint()}", file=sys.stderr)
+        return 128 + signal.SIGINT
     except Interrupted as error:
         print(str(error), file=sys.stderr)
         return 128 + error.signum
