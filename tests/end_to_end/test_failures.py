@@ -46,7 +46,7 @@ def last_good(errors: str) -> Path:
     found = re.search(r"last good checkpoint is (\S+/step_\d+)", message)
     assert found, message
     good = Path(found[1])
-    newest = max(good.parent.iterdir(), key=lambda path: int(path.name.removeprefix("step_")))
+    newest = max(good.parent.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))
     assert message.endswith(f"checkpoint.resume={'auto' if good == newest else good}."), message
     return good
 
@@ -62,7 +62,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(
     good = last_good(stopped.errors)
     done = int(good.name.removeprefix("step_"))
     assert 0 < done < 12 and good.parent == run / "checkpoints"
-    assert sorted(path.name for path in good.parent.iterdir()) == sorted(f"step_{step}" for step in range(done + 1))
+    assert sorted(path.name for path in good.parent.glob("step_*")) == sorted(f"step_{step}" for step in range(done + 1))
     enlarge(small_disk)
     workshop.train(output_dir=run, checkpoint__resume="auto", **EVERY_STEP).ok()
     assert events(run, "resume")[0]["step"] == done
@@ -176,7 +176,7 @@ def test_checkpoints_of_bad_steps_do_not_push_out_the_good_ones(
         patch.setattr(Trainer, "_record", poison)
         stopped = workshop.train(output_dir=run, **options)
     assert stopped.status == 1 and "10 steps in a row" in stopped.errors
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_5", "step_6"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step_5", "step_6"]
     good = last_good(stopped.errors)
     assert good == run / "checkpoints" / "step_5"
     gone_on = workshop.train(output_dir=run, checkpoint__resume=good, **options).ok()

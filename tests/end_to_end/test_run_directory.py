@@ -53,7 +53,7 @@ def test_a_run_directory_holds_what_was_promised(finished: tuple[Path, str]) -> 
         "export",
     }
     # checkpoint.keep is 2 unless told otherwise, and step 6 is both a multiple of 2 and the end
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_4", "step_6"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step_4", "step_6"]
     suffixes = {path.suffix for path in (run / "checkpoints" / "step_6").rglob("*") if path.is_file()}
     assert suffixes <= {".safetensors", ".json", ".model"}, "a checkpoint holds safetensors and JSON only"
     assert (run / "export" / "model.safetensors").is_file() and (run / "export" / "config.json").is_file()

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2] / PACKAGE
 # Sideways is fine, upward is not. The longest matching name counts.
 LEVELS = {
     "loqt_ds.core": 0.0,
+    "loqt_ds.ranks": 0.0,
     "loqt_ds.config": 1.0,
     "loqt_ds.method": 1.0,
     "loqt_ds.data": 1.0,
