@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,24 +94,19 @@ class LearningRates:
 # ---------------------------------------------------------------- moments, as torch or bitsandbytes keeps them
 
 
-def moment_keys(state: dict[str, Any]) -> tuple[str, str] | None:
+def moment_keys(state: Mapping[str, Any]) -> tuple[str, str] | None:
     """The names of the two moments in an optimizer's state of one tensor; None before its first step."""
     return next((keys for keys in MOMENT_KEYS if keys[0] in state), None)
 
 
-def read_moment(state: dict[str, Any], index: int) -> Tensor:
-    """First (0) or second (1) moment in float32, in the tensor's own shape."""
-    keys = moment_keys(state)
-    assert keys is not None
-    moment = state[keys[index]]
-    if moment.dtype != torch.uint8:
-        return moment.float()
+def decode_moment(codes: Tensor, absmax: Tensor, table: Tensor) -> Tensor:
+    """8-bit codes of a moment, in blocks of 256 of their flat order, as float32 in their shape."""
     import bitsandbytes.functional as F
 
-    number = index + 1
-    return F.dequantize_blockwise(
-        moment, absmax=state[f"absmax{number}"], code=state[f"qmap{number}"], blocksize=BLOCKSIZE_8BIT
-    ).view(moment.shape)
+    flat = F.dequantize_blockwise(
+        codes.reshape(-1).contiguous(), absmax=absmax.contiguous(), code=table, blocksize=BLOCKSIZE_8BIT
+    )
+    return flat.view(codes.shape)
 
 
 def quantize_moment(values: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,18 +130,21 @@ def quantize_moment(values: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     return codes.view(-1)[: flat.numel()].view(values.shape), absmax
 
 
-def write_moment(state: dict[str, Any], index: int, value: Tensor) -> None:
-    """Overwrites a moment in place, quantizing it where it is kept in 8 bits."""
-    keys = moment_keys(state)
-    assert keys is not None
-    moment = state[keys[index]]
-    if moment.dtype != torch.uint8:
-        moment.copy_(value)
-        return
-    number = index + 1
-    codes, absmax = quantize_moment(value, state[f"qmap{number}"])
-    moment.copy_(codes.view(moment.shape))
-    state[f"absmax{number}"].copy_(absmax)
+def new_state(optimizer: Any, first: Tensor, second: Tensor, step: int, *, shape: torch.Size) -> dict[str, Tensor]:
+    """What `restore_state` takes, from both moments in float32 (any shape), as this optimizer would keep them for a
+    tensor of `shape`."""
+    first, second = first.view(shape), second.view(shape)
+    if isinstance(optimizer, torch.optim.Adam):  # AdamW is one
+        return {"step": torch.tensor(float(step)), "exp_avg": first, "exp_avg_sq": second}
+    state = {"step": torch.tensor(step), "state1": first, "state2": second}
+    if optimizer.args.optim_bits != 8 or first.numel() < optimizer.args.min_8bit_size:
+        return state
+    from bitsandbytes.functional import create_dynamic_map
+
+    for number, moment in ((1, first), (2, second)):
+        table = create_dynamic_map(signed=number == 1).to(moment.device)
+        state[f"state{number}"], state[f"absmax{number}"] = quantize_moment(moment, table)
+    return state
 
 
 def restore_state(optimizer: Any, tensor: Tensor, saved: dict[str, Tensor]) -> None:
@@ -160,7 +159,7 @@ def restore_state(optimizer: Any, tensor: Tensor, saved: dict[str, Tensor]) -> N
     is_torch = moment_keys(saved) == MOMENT_KEYS[0]
     for key, value in saved.items():
         if key == "step":
-            state[key] = value.clone() if is_torch else int(value)
+            state[key] = value.to(torch.float32, copy=True) if is_torch else int(value)
         else:
             # A copy: a checkpoint's tensors are mapped, and would hold the disk space of its file after its deletion.
             state[key] = value.to(tensor.device, copy=True)
@@ -212,14 +211,14 @@ class ParameterOptimizer:
         self._optimizer = build_optimizer([{"params": [self.master], "weight_decay": weight_decay}], optim)
 
     @property
-    def has_master(self) -> bool:
-        """Whether there is a float32 copy besides the parameter."""
-        return not (self._own or self._transient)
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer of this one parameter; it keeps the state under `master`."""
+        return self._optimizer
 
     @property
-    def state(self) -> dict[str, Any]:
-        """The optimizer's state of this parameter; empty before the first step."""
-        return self._optimizer.state[self.master]
+    def values(self) -> nn.Parameter:
+        """The tensor that holds the value in the highest precision there is."""
+        return self.parameter if self._own or self._transient else self.master
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -245,32 +244,45 @@ class ParameterOptimizer:
         if self._transient:
             self.master.data = value.new_empty(0)
 
-    @torch.no_grad()
-    def value(self) -> Tensor:
-        """The parameter in the precision of its master, float32."""
-        return self.parameter.detach().float() if self._transient else self.master.detach()
+
+class RoundingAdam(torch.optim.Optimizer):
+    """Adam over bf16 tensors that have no float32 copies: each is updated in float32 and rounded stochastically.
+
+    What ZeRO drives where its own masters are bf16; each tensor is a `ParameterOptimizer`.
+
+    Args:
+        groups: torch-style parameter groups; their tensors may be replaced before the first step.
+        optim: kind of optimizer; `optim.master` is bf16.
+        seed: of the rounding.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], optim: OptimConfig, *, seed: int) -> None:
+        super().__init__(groups, {"lr": optim.lr, "weight_decay": 0.0})
+        self._optim, self._seed = optim, seed
+        self._items: dict[Tensor, ParameterOptimizer] = {}
+        self._generator: torch.Generator | None = None
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """The rounding's random numbers."""
+        if self._generator is None:
+            self._generator = torch.Generator(device)
+            self._generator.manual_seed(self._seed)
+        return self._generator
+
+    def item(self, tensor: Any, weight_decay: float) -> ParameterOptimizer:
+        """The optimizer of one tensor."""
+        if tensor not in self._items:
+            generator = self.generator(tensor.device)
+            self._items[tensor] = ParameterOptimizer(
+                tensor, self._optim, weight_decay=weight_decay, generator=generator
+            )
+        return self._items[tensor]
 
     @torch.no_grad()
-    def set_value(self, value: Tensor) -> None:
-        """Overwrites the parameter and its master."""
-        self.master.data = value.float() if self._transient else self.master.data.copy_(value)
-        if not self._own:
-            self._publish()
-
-    def reset_state(self) -> None:
-        """Makes the optimizer's state that of a new parameter."""
-        self._optimizer.state.pop(self.master, None)
-
-    def saved(self) -> dict[str, Tensor]:
-        """Tensors to save: the master, if it is a copy, and the optimizer's state."""
-        tensors = {"master": self.master.detach()} if self.has_master else {}
-        return tensors | saved_state(self.state)
-
-    @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Takes back what `saved` gave."""
-        tensors = dict(tensors)
-        master = tensors.pop("master", None)
-        if master is not None:
-            self.set_value(master.to(self.parameter.device))
-        restore_state(self._optimizer, self.master, tensors)
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Updates every tensor that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            for tensor in group["params"]:
+                if tensor.grad is not None:
+                    self.item(tensor, group["weight_decay"]).step(group["lr"])

@@ -4,7 +4,7 @@ One object does it for one process and for many: with a world of one every excha
 process group nor torch.distributed is needed. All methods but the properties are collectives: every rank calls them,
 in the same order.
 
-Errors are exchanged too. `agree` and `on_main` raise on every rank if one of them failed: the rank itself raises its own
+Errors are exchanged too. `gather`, `agree` and `on_main` raise on every rank if one failed: the rank itself raises its own
 error, the others `PeerFailed`, which carries the message and need not be shown again.
 """
 
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+Work = dist.Work  # an exchange under way
 
 
 class PeerFailed(RuntimeError):
@@ -38,7 +39,7 @@ class Ranks:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, *, device: torch.device | str = "cpu") -> None:
-        self._group, self._device = group, torch.device(device)
+        self._group, self.device = group, torch.device(device)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.world_size = 1 if group is None else dist.get_world_size(group)
 
@@ -60,7 +61,7 @@ class Ranks:
             # As bytes: not every backend knows every dtype.
             dist.broadcast(tensor.view(-1).view(torch.uint8), group_src=source, group=self._group)
 
-    def reduce(self, tensor: Tensor, target: int) -> dist.Work | None:
+    def reduce(self, tensor: Tensor, target: int) -> Work | None:
         """Starts to sum `tensor` over the ranks into that of rank `target`; on the others it holds nothing of use
         afterwards. Returns what to `wait()` for, None where there is nothing."""
         if self.world_size == 1:
@@ -85,7 +86,7 @@ class Ranks:
         """Sums of integers over the ranks."""
         if self.world_size == 1:
             return list(numbers)
-        return self.all_reduce(torch.tensor(numbers, dtype=torch.int64, device=self._device)).tolist()
+        return self.all_reduce(torch.tensor(numbers, dtype=torch.int64, device=self.device)).tolist()
 
     # ---------------------------------------------------------------- objects and errors
 
@@ -101,44 +102,43 @@ class Ranks:
         """Waits for all."""
         self.sum_numbers(0)
 
-    def agree(self, error: BaseException | None) -> None:
+    def agree(self, error: Exception | None) -> None:
         """Raises if any rank brings an error: its own on that rank, `PeerFailed` on the others."""
-        message = None if error is None else f"{type(error).__name__}: {error}"
-        messages = self.gather_objects(message)
-        if error is not None:
-            raise error
-        for rank, other in enumerate(messages):
-            if other is not None:
-                raise PeerFailed(rank, other)
 
-    def attempt(self, action: Callable[[], T]) -> T:
-        """Each rank does `action`; returns its own result, or raises on all if it failed on any (see `agree`)."""
+        def bring() -> None:
+            if error is not None:
+                raise error
+
+        self.gather(bring)
+
+    def gather(self, action: Callable[[], T]) -> list[T]:
+        """Each rank does `action`; all get all results, by rank, or raise if it failed on any (see `agree`)."""
         result: T | None = None
         failure: Exception | None = None
         try:
             result = action()
         except Exception as error:
             failure = error
-        self.agree(failure)
-        return result  # type: ignore[return-value]
+        message = None if failure is None else f"{type(failure).__name__}: {failure}"
+        gathered = self.gather_objects((result, message))
+        if failure is not None:
+            raise failure
+        for rank, (_, other) in enumerate(gathered):
+            if other is not None:
+                raise PeerFailed(rank, other)
+        return [value for value, _ in gathered]  # type: ignore[misc]
+
+    def attempt(self, action: Callable[[], T]) -> T:
+        """As `gather`, of which each rank keeps its own result, which need not be picklable."""
+        kept: list[T] = []
+        self.gather(lambda: kept.append(action()))
+        return kept[0]
 
     def on_main(self, action: Callable[[], T]) -> T:
         """Rank 0 does `action`; all get its result, or raise if it failed (see `agree`)."""
         if self.world_size == 1:
             return action()
-        result: tuple[T | None, str | None] = (None, None)
-        failure: Exception | None = None
-        if self.is_main:
-            try:
-                result = action(), None
-            except Exception as error:
-                failure, result = error, (None, f"{type(error).__name__}: {error}")
-        value, message = self.gather_objects(result)[0]
-        if failure is not None:
-            raise failure
-        if message is not None:
-            raise PeerFailed(0, message)
-        return value  # type: ignore[return-value]
+        return self.gather(lambda: action() if self.is_main else None)[0]  # type: ignore[return-value]
 
 
 ALONE = Ranks()

@@ -35,7 +35,7 @@ from loqt_ds.config.parsing import (
     resolve_paths,
     save_yaml,
 )
-from loqt_ds.config.validation import describe_model, validate
+from loqt_ds.config.validation import describe_model, validate, validate_training
 
 __all__ = [
     "CheckpointConfig",
@@ -61,6 +61,7 @@ __all__ = [
     "resolve_paths",
     "save_yaml",
     "validate",
+    "validate_training",
 ]
 
 

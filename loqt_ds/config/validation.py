@@ -56,6 +56,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "train.seed": (lambda value: 0 <= value < 2**32, "from 0 to 4294967295"),
     "train.max_grad_norm": (lambda value: value > 0, "above 0, or null for no clipping"),
     "train.device": (lambda value: bool(re.fullmatch(r"auto|cpu|cuda(:\d+)?", value)), "auto, cpu, cuda, or cuda:N"),
+    "train.collective_timeout_seconds": _positive,
     "eval.every": _not_negative,
     "eval.max_tokens": (lambda value: value >= 1, "at least 1, or null for all held-out documents"),
     "eval.micro_batch_size": _positive,
@@ -92,6 +93,15 @@ def validate(config: Config) -> None:
     _check_run(config)
     _check_inactive(config)
     _check_description(config)
+
+
+def validate_training(config: Config) -> None:
+    """As `validate`, of what concerns the method, the optimizer and the steps alone: model and data are elsewhere."""
+    check_types(config)
+    _check_ranges(config)
+    _check_loqt(config)
+    _check_optim(config)
+    _check_inactive(config)
 
 
 def _check_ranges(config: Config) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from loqt_ds.checkpoint import Checkpoint
 from loqt_ds.method.controller import Controller, ReinitReport
+from loqt_ds.ranks import Ranks
 
 
 @dataclass
@@ -33,13 +34,16 @@ class StepReport:
     reinit: ReinitReport | None = None
 
 
+class ReplicaMismatch(RuntimeError):
+    """Ranks that should hold the same weights do not."""
+
+
 class Engine(Protocol):
     """One way of taking steps."""
 
     controller: Controller
     device: torch.device
-    rank: int
-    world_size: int
+    ranks: Ranks
 
     @property
     def network(self) -> nn.Module:
@@ -59,16 +63,19 @@ class Engine(Protocol):
         """Ends a micro-batch. Returns a report when it was the last of the step."""
 
     def saved_tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Tensors of a checkpoint by group: "model", "optimizer", "random"."""
+        """This rank's part of a checkpoint's tensors by group: "model", "optimizer", "random". Collective.
+
+        Raises ReplicaMismatch if the ranks do not hold the same model.
+        """
 
     def saved_state(self) -> dict[str, Any]:
-        """The rest of a checkpoint, as JSON."""
+        """The rest of a checkpoint, as JSON; the same on all ranks. Collective."""
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Takes back what `saved_tensors` and `saved_state` gave."""
+        """Takes back what `saved_tensors` and `saved_state` of any engine, on any number of ranks, gave. Collective."""
 
     def masters(self) -> dict[str, Tensor]:
-        """The float32 master copies by parameter name; none for parameters that have no copy."""
+        """On rank 0 the float32 master copies by parameter name, none for parameters that have no copy. Collective."""
 
     def release(self) -> None:
         """Frees optimizer states and masters; afterwards there is only the model left, and no step to take."""

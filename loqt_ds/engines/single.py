@@ -20,38 +20,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loqt_ds.checkpoint import Checkpoint, CheckpointError
+from loqt_ds.checkpoint import Checkpoint
 from loqt_ds.config import Config
 from loqt_ds.engines.base import StepReport
-from loqt_ds.engines.state import load_model, model_tensors, random_tensors, restore_random
+from loqt_ds.engines.state import ShardedFactors, load_model, model_tensors, random_tensors, restore_random
 from loqt_ds.method.controller import Controller
 from loqt_ds.method.conversion import loqt_layers
-from loqt_ds.optim import LearningRates, ParameterOptimizer, parameter_groups, read_moment, write_moment
+from loqt_ds.optim import LearningRates, ParameterOptimizer, parameter_groups
+from loqt_ds.ranks import ALONE
+from loqt_ds.shards import LAYOUT, Fragment, Shard, ShardedState
 
 
-class _Store:
-    """B and its optimizer state, for the controller."""
-
-    def __init__(self, optimizers: dict[str, ParameterOptimizer]) -> None:
-        self._optimizers = optimizers  # by layer name
-
-    def read(self, name: str) -> Tensor:
-        return self._optimizers[name].value()
-
-    def write(self, name: str, value: Tensor) -> None:
-        self._optimizers[name].set_value(value)
-
-    def moments(self, name: str) -> tuple[Tensor, Tensor] | None:
-        state = self._optimizers[name].state
-        return (read_moment(state, 0), read_moment(state, 1)) if state else None
-
-    def set_moments(self, name: str, first: Tensor, second: Tensor) -> None:
-        state = self._optimizers[name].state
-        write_moment(state, 0, first)
-        write_moment(state, 1, second)
-
-    def reset_moments(self, name: str) -> None:
-        self._optimizers[name].reset_state()
+def _shard(name: str, item: ParameterOptimizer) -> Shard:
+    """One parameter is one shard."""
+    whole = (Fragment(name, 0, item.parameter.numel(), 0),)
+    is_copy = item.values is not item.parameter
+    return Shard(name, whole, item.values, item.master, item.optimizer, is_copy)
 
 
 class SingleEngine:
@@ -63,7 +47,7 @@ class SingleEngine:
         original: (layer name) -> original weight, for the first initialization; None if there is none to be had.
     """
 
-    rank, world_size = 0, 1
+    ranks = ALONE
 
     def __init__(self, model: nn.Module, config: Config, *, original: Callable[[str], Tensor] | None = None) -> None:
         self._model, self._config = model, config
@@ -79,7 +63,11 @@ class SingleEngine:
                 )
                 self._is_factor[name] = group.is_factor
         layers = loqt_layers(model)
-        store = _Store({name: self._optimizers[f"{name}.B"] for name in layers})
+        self._state = ShardedState(
+            [_shard(name, item) for name, item in self._optimizers.items()],
+            {name: item.parameter for name, item in self._optimizers.items()},
+        )
+        store = ShardedFactors(self._state)
         self.controller = Controller(layers, config.loqt, store, original=original, seed=config.train.seed)
         self._rates = LearningRates(config, self.controller.schedule)
         self._step, self._micro_batch, self._open = 0, 0, False
@@ -104,11 +92,10 @@ class SingleEngine:
         return self._model(**inputs)
 
     def _begin(self) -> None:
-        """Opens the step, or its next micro-batch."""
+        """Opens the step, if its first micro-batch has not."""
         if not self._open:
-            self.controller.begin_step(self._step, self._config.train.gradient_accumulation_steps)
+            self.controller.begin_step(self._step)
             self._squared_norm, self._num_updates, self._num_skipped_updates, self._open = 0.0, 0, 0, True
-        self.controller.begin_micro_batch(self._micro_batch)
 
     def backward(self, loss: Tensor) -> None:
         (loss / self._config.train.gradient_accumulation_steps).backward()
@@ -163,7 +150,8 @@ class SingleEngine:
 
     def _complete_hook(self, layer: str) -> Callable[[Tensor], None]:
         def hook(_: Tensor) -> None:
-            if self._open and self.controller.in_last_micro_batch:
+            in_last_micro_batch = self._micro_batch == self._config.train.gradient_accumulation_steps - 1
+            if self._open and in_last_micro_batch:
                 self.controller.gradient_complete(layer)
 
         return hook
@@ -192,35 +180,22 @@ class SingleEngine:
 
     def saved_tensors(self) -> dict[str, dict[str, Tensor]]:
         assert not self._open, "a checkpoint is taken between steps"
-        optimizer = {
-            f"{key}.{name}": tensor for name, item in self._optimizers.items() for key, tensor in item.saved().items()
-        }
         random = random_tensors(self.device) | {f"rounding_{self.device.type}": self._generator.get_state()}
-        return {"model": model_tensors(self._model), "optimizer": optimizer, "random": random}
+        return {"model": model_tensors(self._model), "optimizer": self._state.saved(), "random": random}
 
     def saved_state(self) -> dict[str, Any]:
         return {
             "engine": "single",
             "step": self._step,
             "controller": self.controller.state_dict(),
+            LAYOUT: self._state.layout(),
         }
 
     def restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.metadata["engine_state"]
-        if state["engine"] != "single":
-            raise CheckpointError(
-                f"checkpoint.resume: {checkpoint.path} was written by the {state['engine']} engine; "
-                "go on with the command that began the run"
-            )
         load_model(self._model, checkpoint)
-        saved: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in checkpoint.tensors("optimizer").items():
-            kind, _, name = key.partition(".")
-            saved.setdefault(name, {})[kind] = tensor
-        for name, optimizer in self._optimizers.items():
-            optimizer.restore(saved.get(name, {}))
-        random = checkpoint.tensors("random")
-        restore_random(random, self.device)
+        self._state.restore(checkpoint)
+        random = restore_random(checkpoint, self.ranks, self.device, self._config.train.seed)
         # On another kind of device the roundings to come are others, as all arithmetic is.
         if (rounding := random.get(f"rounding_{self.device.type}")) is not None:
             self._generator.set_state(rounding)
@@ -228,9 +203,10 @@ class SingleEngine:
         self.controller.load_state_dict(state["controller"])
 
     def masters(self) -> dict[str, Tensor]:
-        return {name: item.value() for name, item in self._optimizers.items() if item.has_master}
+        return self._state.masters()
 
     def release(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._optimizers.clear()
+        del self._state, self.controller.store

@@ -1,4 +1,4 @@
-"""What every engine saves alike: the model's tensors and the random state."""
+"""What every engine keeps alike: the model's tensors, replicas that must be equal, random states, factors by layer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,40 @@ import torch
 from torch import Tensor, nn
 
 from loqt_ds.checkpoint import Checkpoint, CheckpointError
+from loqt_ds.core.subspace import layer_seed
+from loqt_ds.engines.base import ReplicaMismatch
+from loqt_ds.ranks import Ranks
+from loqt_ds.shards import ShardedState
+
+_HASH_CHUNK = 2**22  # 8-byte words hashed at a time
+
+
+class ShardedFactors:
+    """B and its optimizer state, by layer, for the controller (its `FactorStore`)."""
+
+    def __init__(self, state: ShardedState) -> None:
+        self._state = state
+
+    def read(self, name: str, owner: int = 0) -> Tensor | None:
+        return self._state.read(f"{name}.B", owner)
+
+    def write(self, name: str, value: Tensor) -> None:
+        self._state.write(f"{name}.B", value)
+
+    def has_moments(self, name: str) -> bool:
+        return self._state.has_moments(f"{name}.B")
+
+    def moment(self, name: str, index: int, owner: int = 0) -> Tensor | None:
+        return self._state.moment(f"{name}.B", index, owner)
+
+    def set_moments(self, name: str, first: Tensor, second: Tensor) -> None:
+        self._state.write_moments(f"{name}.B", first, second)
+
+    def reset_moments(self, name: str) -> None:
+        self._state.reset_moments(f"{name}.B")
+
+
+# ---------------------------------------------------------------- the model
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -15,26 +49,83 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()} | buffers
 
 
+def own_part(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Those of the tensors, the same on all ranks, that this rank saves: about as many bytes as each of the others."""
+    load = [0] * ranks.world_size
+    mine = set()
+    for name in sorted(tensors, key=lambda name: (-tensors[name].nbytes, name)):
+        rank = load.index(min(load))
+        load[rank] += tensors[name].nbytes
+        if rank == ranks.rank:
+            mine.add(name)
+    return {name: tensor for name, tensor in tensors.items() if name in mine}
+
+
 @torch.no_grad()
 def load_model(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Copies parameters and persistent buffers from a checkpoint into a model of the same shape.
 
     Raises CheckpointError, naming the first tensor that does not fit, if the checkpoint is of another model.
     """
-    tensors = checkpoint.tensors("model")
     wanted = model_tensors(model)
-    if set(tensors) != set(wanted):
-        odd = sorted(set(tensors) ^ set(wanted))[0]
-        where = "the checkpoint only" if odd in tensors else "the model only"
-        raise CheckpointError(f"{checkpoint.path} belongs to another model: {odd} is in {where}")
-    for name, target in wanted.items():
-        source = tensors[name]
-        if source.shape != target.shape or source.dtype != target.dtype:
-            raise CheckpointError(
-                f"{checkpoint.path} belongs to another model: {name} is {tuple(source.shape)} {source.dtype}, "
-                f"the model's is {tuple(target.shape)} {target.dtype}"
-            )
-        target.copy_(source)
+    found: set[str] = set()
+    for part in range(checkpoint.num_parts("model")):  # one file in memory at a time
+        for name, source in checkpoint.tensors("model", part).items():
+            target = wanted.get(name)
+            if target is None:
+                raise CheckpointError(f"{checkpoint.path} belongs to another model: {name} is in the checkpoint only")
+            if source.shape != target.shape or source.dtype != target.dtype:
+                raise CheckpointError(
+                    f"{checkpoint.path} belongs to another model: {name} is {tuple(source.shape)} {source.dtype}, "
+                    f"the model's is {tuple(target.shape)} {target.dtype}"
+                )
+            target.copy_(source)
+            found.add(name)
+    if missing := sorted(set(wanted) - found):
+        raise CheckpointError(f"{checkpoint.path} belongs to another model: {missing[0]} is in the model only")
+
+
+# ---------------------------------------------------------------- replicas
+
+
+def digest(tensor: Tensor) -> Tensor:
+    """A 64-bit hash of a tensor's bytes, int64 (), on its device. A change of one bit always changes it.
+
+    Σ wᵢ (2i + 1) mod 2^64 over the 8-byte words w, scrambled: an odd multiple of a power of two is never zero.
+    """
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    words = nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for start in range(0, words.numel(), _HASH_CHUNK):
+        chunk = words[start : start + _HASH_CHUNK]
+        # Odd, and far apart, so that words that change places or cancel out in step are seen.
+        weights = torch.arange(start, start + chunk.numel(), device=flat.device) * 0x1E3779B97F4A7C16 + 0x2545F491
+        total += (chunk * (weights | 1)).sum()
+    return total
+
+
+def check_replicas(model: nn.Module, ranks: Ranks) -> None:
+    """Raises ReplicaMismatch on all ranks, naming what differs, unless all hold the same model bit for bit."""
+    if ranks.world_size == 1:
+        return
+    tensors = model_tensors(model)
+    found = ranks.all_gather(torch.stack([digest(tensor) for tensor in tensors.values()]))  # (ranks, tensors)
+    differing = (found != found[0]).any(0).tolist()
+    names = [name for name, differs in zip(tensors, differing, strict=True) if differs]
+    if not names:
+        return
+    # The values that most ranks have are taken for the right ones.
+    usual = found.mode(dim=0).values
+    odd = [rank for rank, row in enumerate(found) if (row != usual).any()]
+    more = f" and {len(names) - 8} others" if len(names) > 8 else ""
+    raise ReplicaMismatch(
+        f"the ranks no longer hold the same model: {', '.join(names[:8])}{more} differ (rank "
+        f"{', '.join(map(str, odd))} from the others); look for failing memory there, and go on from the last "
+        "checkpoint"
+    )
+
+
+# ---------------------------------------------------------------- random states
 
 
 def random_tensors(device: torch.device) -> dict[str, Tensor]:
@@ -45,8 +136,14 @@ def random_tensors(device: torch.device) -> dict[str, Tensor]:
     return tensors
 
 
-def restore_random(tensors: dict[str, Tensor], device: torch.device) -> None:
-    """Restores `random_tensors`; the device's part only where it was saved on such a device."""
+def restore_random(checkpoint: Checkpoint, ranks: Ranks, device: torch.device, seed: int) -> dict[str, Tensor]:
+    """Restores this rank's `random_tensors`, the device's part only where it was saved on such a device; a rank that
+    was not there is seeded anew. Returns all that was saved of this rank."""
+    if ranks.rank >= checkpoint.num_parts("random"):
+        torch.manual_seed(layer_seed(seed, checkpoint.step, f"rank {ranks.rank}"))
+        return {}
+    tensors = checkpoint.tensors("random", ranks.rank)
     torch.set_rng_state(tensors["torch"])
     if "cuda" in tensors and device.type == "cuda":
         torch.cuda.set_rng_state(tensors["cuda"], device)
+    return tensors

@@ -2,21 +2,25 @@
 
 It rides on an ordinary step (ALGORITHM.md, "Re-initialization"; ARCHITECTURE.md). The engine calls, in this order,
 
-    begin_step(step, num_micro_batches)      before the first forward; taps the layers if a re-initialization is due
-    begin_micro_batch(index)                 before each forward
-    gradient_complete(name)                  when a layer's gradient of the last micro-batch is there: G or its sketch
-                                             becomes the new P (packed, 4 bits) and is let go
-    apply(name)                              after the layer's update: merge, quantize, compensate
-    end_step(applied)                        applies what has not been applied, or drops it if no update was made
+    begin_step(step)                         before the first forward; taps the layers if a re-initialization is due
+    gradient_complete(name)                  when a layer's gradient of the last micro-batch is there
+    apply(name)                              after the layer's update, where layers are updated one by one
+    end_step(applied)                        re-initializes what has not been, or drops it if no update was made
 
-so that gradients of two layers are never alive together when there is one micro-batch, and merged weights never.
+One process: `gradient_complete` turns what the layer gathered into its next P (packed, 4 bits) and lets it go, so that
+gradients of two layers are never alive together when there is one micro-batch. Several: each layer has an owner, and
+`gradient_complete` starts the sum over the ranks to it, which overlaps the rest of the backward. After the update the
+owners, one layer each at a time, find P, merge, quantize and compensate in parallel, and broadcast the bytes of W and P
+and the new B. Sums and broadcasts are issued in an order that depends on nothing but the model.
 The gradient is the one at the effective weight before the update; the merged weight is one update newer (harmless).
 
 The exact and Gram methods sum G = Σ dYᵀX in float32. The sketch sums S = A Ω (k, r + p) only, A being G or its
 transpose, Ω = orth([M, N]) with M the first moment of B and N Gaussian: G is linear in the data, so it never exists.
 The energy P captures is exact where G is there; for a sketch it is estimated from eight Gaussian probe columns
 Z that P never saw, ‖PᵀAZ‖² / ‖AZ‖². The first time there is no moment: Ω then starts from r + p Gaussian columns and
-iterates on the first micro-batch's gradient. Ω is kept for the step: made anew it would cost a QR in each micro-batch.
+iterates on the first micro-batch's gradient. Ω is made in the first micro-batch, by the owner, and kept for the step:
+made anew it would cost a QR in each micro-batch. (Several ranks must therefore meet their layers in the same order in
+that backward, as ZeRO's own reductions ask for.)
 """
 
 from __future__ import annotations
@@ -47,6 +51,7 @@ from loqt_ds.core.subspace import (
     test_matrix,
 )
 from loqt_ds.method.linear import LoQTLinear
+from loqt_ds.ranks import ALONE, Ranks, Work
 
 NUM_PROBES = 8  # Gaussian columns that a sketch's energy is measured on
 FIRST_POWER_ITERATIONS = 2
@@ -61,19 +66,25 @@ def subspace_method(layer: LoQTLinear, subspace: str) -> str:
 
 
 class FactorStore(Protocol):
-    """Where the trained factors and their optimizer states live; tensors are shaped like B, in float32."""
+    """Where the trained factors and their optimizer states live; tensors are shaped like B, in float32.
 
-    def read(self, name: str) -> Tensor:
+    Reading is collective where the state is sharded: all ranks call, and `owner` alone gets the tensor.
+    """
+
+    def read(self, name: str, owner: int = 0) -> Tensor | None:
         """B of a layer in the precision of its master copy."""
 
     def write(self, name: str, value: Tensor) -> None:
-        """Sets B and its master copy."""
+        """Sets B and this rank's part of its master copy."""
 
-    def moments(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """First and second moment of B, or None where the optimizer has none yet."""
+    def has_moments(self, name: str) -> bool:
+        """Whether the optimizer has moments of B yet; the same on all ranks."""
+
+    def moment(self, name: str, index: int, owner: int = 0) -> Tensor | None:
+        """First (0) or second (1) moment of B, which there must be."""
 
     def set_moments(self, name: str, first: Tensor, second: Tensor) -> None:
-        """Overwrites both moments; the step count stays."""
+        """Overwrites this rank's part of both moments; the step count stays."""
 
     def reset_moments(self, name: str) -> None:
         """Makes the optimizer's state of B that of a new parameter."""
@@ -126,12 +137,13 @@ class ReinitReport:
 
 
 @dataclass
-class _Accumulated:
-    """One layer's share of the gradient, summed over the micro-batches of a step."""
+class _Gathered:
+    """One layer's share of the gradient, summed over the micro-batches of a step, then over the ranks."""
 
-    total: Tensor  # A (k, l) in float32, or A [Ω, Z] (k, c + q) in the dtype of the gradient
+    total: Tensor  # A (k, l) in float32, or A [Ω, Z] (k, c + q) in the dtype of B
     columns: Tensor | None  # [Ω, Z] (l, c + q) of a sketch
     num_tokens: int = 0  # rows the sum came from: A has at most this rank
+    reduction: Work | None = None  # the sum over the ranks, once it is under way
 
     def sketch(self) -> Tensor:
         """What P is found from: A, or A Ω."""
@@ -155,13 +167,23 @@ class _Step:
     """The step under way."""
 
     step: int
-    num_micro_batches: int
     due: bool
-    micro_batch: int = 0
-    accumulated: dict[str, _Accumulated] = field(default_factory=dict)
+    gathered: dict[str, _Gathered] = field(default_factory=dict)
+    complete: set[str] = field(default_factory=set)  # layers whose gradient of this step is whole
+    num_reducing: int = 0  # layers, in the order of reductions, whose sum over the ranks was started
     pending: dict[str, _Pending] = field(default_factory=dict)
-    reports: list[LayerReport] = field(default_factory=list)
+    reports: dict[str, LayerReport] = field(default_factory=dict)
     seconds: float = 0.0
+
+
+def assign_owners(costs: dict[str, float], world_size: int) -> dict[str, int]:
+    """Which rank re-initializes which layer: the costliest first, each to the rank with the least to do so far."""
+    load = [0.0] * world_size
+    owners = {}
+    for name in sorted(costs, key=lambda name: -costs[name]):  # stable, so that all ranks agree
+        owners[name] = load.index(min(load))
+        load[owners[name]] += costs[name]
+    return owners
 
 
 class Controller:
@@ -171,9 +193,10 @@ class Controller:
         layers: the LoQT layers by name.
         options: the method's section of the configuration.
         store: reads and writes B and its optimizer state.
-        original: (name) -> original weight (out, in) for the first initialization of a layer; None: the quantized
-            weight is all there is.
+        original: (name) -> original weight (out, in) for the first initialization of a layer, asked for by the layer's
+            owner only; None: the quantized weight is all there is.
         seed: of the Gaussian columns and of random basis columns. No global random number is ever drawn.
+        ranks: the processes that hold replicas of the layers and take the same steps.
     """
 
     def __init__(
@@ -184,13 +207,32 @@ class Controller:
         *,
         original: Callable[[str], Tensor] | None,
         seed: int,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.layers, self.options, self.store = layers, options, store
+        self.layers, self.options, self.store, self.ranks = layers, options, store, ranks
         self.schedule = ReinitSchedule(options.schedule, options.interval, options.growth, options.max_gap)
+        costs = {name: self._cost(layer) for name, layer in layers.items()}
+        self.owners = assign_owners(costs, ranks.world_size)
+        self._rounds = self._make_rounds(costs)
+        self._order = list(reversed(layers))  # of reductions: about that of the backward
         self._original, self._seed = original, seed
         self._initialized: set[str] = set()
         self._overdue = False
         self._current: _Step | None = None
+
+    def _cost(self, layer: LoQTLinear) -> float:
+        """Operations of a re-initialization, about: decomposition, compensation, merge."""
+        (k, r), length = layer.basis_shape, layer.factor_length
+        columns = r + self.options.sketch_oversampling if self.method(layer) == "sketch" else k
+        return float(k * columns * columns + k * length * r * (2 + 2 * self.options.compensation_steps))
+
+    def _make_rounds(self, costs: dict[str, float]) -> list[list[str]]:
+        """Layers that are re-initialized at the same time, at most one of each owner; costly ones together."""
+        queues: list[list[str]] = [[] for _ in range(self.ranks.world_size)]
+        for name in sorted(self.layers, key=lambda name: -costs[name]):
+            queues[self.owners[name]].append(name)
+        longest = max(map(len, queues), default=0)
+        return [[queue[i] for queue in queues if i < len(queue)] for i in range(longest)]
 
     # ---------------------------------------------------------------- the step
 
@@ -203,27 +245,16 @@ class Controller:
         """exact, gram or sketch, for this layer."""
         return subspace_method(layer, self.options.subspace)
 
-    def begin_step(self, step: int, num_micro_batches: int) -> None:
+    def begin_step(self, step: int) -> None:
         """Starts step `step` (0-based). Taps every layer if the schedule, or a skipped step before, asks for it."""
         due = self.schedule.is_due(step) or self._overdue
-        self._current = _Step(step, num_micro_batches, due)
+        self._current = _Step(step, due)
         if due:
             for name, layer in self.layers.items():
                 layer.tap = self._tap(name, layer)
 
-    def begin_micro_batch(self, index: int) -> None:
-        """Announces micro-batch `index` (0-based) of the step."""
-        assert self._current is not None
-        self._current.micro_batch = index
-
-    @property
-    def in_last_micro_batch(self) -> bool:
-        """Whether the gradients formed now complete the step's."""
-        return self._current is not None and self._current.micro_batch == self._current.num_micro_batches - 1
-
     def _tap(self, name: str, layer: LoQTLinear) -> Callable[[Tensor, Tensor], None]:
         """The function a tapped layer calls in its backward with dY (T, out) and X (T, in)."""
-        sketched = self.method(layer) == "sketch"
 
         @torch.no_grad()
         def tap(dy: Tensor, x: Tensor) -> None:
@@ -231,14 +262,10 @@ class Controller:
             assert current is not None
             started = time.perf_counter()
             inner, outer = (x, dy) if layer.side == "right" else (dy, x)  # (T, k), (T, l)
-            gathered = current.accumulated.get(name)
+            gathered = current.gathered.get(name)
             if gathered is None:
-                columns = self._columns(name, layer, inner, outer) if sketched else None
-                width = layer.factor_length if columns is None else columns.shape[1]
-                # Sums of sketches lose nothing measurable in bf16; a dense gradient is wanted exactly.
-                dtype = torch.float32 if columns is None else inner.dtype
-                total = torch.zeros(layer.basis_shape[0], width, device=inner.device, dtype=dtype)
-                gathered = current.accumulated[name] = _Accumulated(total, columns)
+                columns = self._columns(name, layer, inner, outer) if self.method(layer) == "sketch" else None
+                gathered = current.gathered[name] = self._nothing(layer, columns)
             gathered.num_tokens += len(inner)
             if gathered.columns is None:
                 # float32: products of bf16 gradients would be rounded to bf16 before they are summed.
@@ -249,29 +276,49 @@ class Controller:
 
         return tap
 
+    def _num_columns(self, layer: LoQTLinear) -> int:
+        """Columns of Ω, whatever it is made from: A has no more rank than its smaller side."""
+        return min(*layer.weight_shape, layer.rank + self.options.sketch_oversampling)
+
+    def _nothing(self, layer: LoQTLinear, columns: Tensor | None) -> _Gathered:
+        """An empty sum for a layer; the same shape and dtype on every rank, also where no gradient arrives."""
+        sketched = self.method(layer) == "sketch"
+        width = self._num_columns(layer) + NUM_PROBES if sketched else layer.factor_length
+        # Sums of sketches lose nothing measurable in bf16; a dense gradient is wanted exactly.
+        dtype = torch.bfloat16 if sketched and layer.B.dtype == torch.bfloat16 else torch.float32
+        return _Gathered(torch.zeros(layer.basis_shape[0], width, device=layer.B.device, dtype=dtype), columns)
+
     def _layer_seed(self, name: str) -> int:
         assert self._current is not None
         return layer_seed(self._seed, self._current.step, name)
 
     def _columns(self, name: str, layer: LoQTLinear, inner: Tensor, outer: Tensor) -> Tensor:
-        """[Ω, Z] (l, c + q) in the dtype of the gradient: made in the first micro-batch and kept for the step."""
-        moments = self.store.moments(name) if name in self._initialized else None
-        num_gaussian = self.options.sketch_oversampling + (layer.rank if moments is None else 0)
-        omega = test_matrix(
-            length=layer.factor_length,
-            moment=None if moments is None else layer.canonical(moments[0]),
-            num_gaussian=num_gaussian,
-            seed=self._layer_seed(name),
-            device=layer.B.device,
-        ).to(outer.dtype)
-        if moments is None:
-            # Nothing to start from: iterate on this micro-batch's gradient, which need not be formed for it.
-            omega = power_iterate(omega, inner, outer, iterations=FIRST_POWER_ITERATIONS)
+        """[Ω, Z] (l, c + q) in the dtype of the gradient: made by the owner, in the first micro-batch, for the step."""
+        owner, device = self.owners[name], layer.B.device
+        moment = None
+        known = name in self._initialized and self.store.has_moments(name)
+        if known:
+            moment = self.store.moment(name, 0, owner)
+        omega = torch.empty(layer.factor_length, self._num_columns(layer), dtype=outer.dtype, device=device)
+        if owner == self.ranks.rank:
+            made = test_matrix(
+                length=layer.factor_length,
+                moment=None if moment is None else layer.canonical(moment),
+                num_gaussian=self.options.sketch_oversampling + (0 if known else layer.rank),
+                seed=self._layer_seed(name),
+                device=device,
+            ).to(outer.dtype)
+            if not known:
+                # Nothing to start from: iterate on this micro-batch's gradient, which need not be formed for it.
+                made = power_iterate(made, inner, outer, iterations=FIRST_POWER_ITERATIONS)
+            omega.copy_(made[:, : omega.shape[1]])
+        # Not made by each rank: the gradient of a micro-batch is its rank's own, and a QR differs between machines.
+        self.ranks.broadcast(omega, owner)
         probes = probe_matrix(
             length=layer.factor_length,
             num_probes=NUM_PROBES,
             seed=self._layer_seed(name + "/probes"),
-            device=layer.B.device,
+            device=device,
         )
         return torch.cat([omega, probes.to(outer.dtype)], dim=1)
 
@@ -279,23 +326,52 @@ class Controller:
 
     @torch.no_grad()
     def gradient_complete(self, name: str) -> None:
-        """Turns what the layer's taps gathered into its next P, and lets it go. Does nothing in ordinary steps."""
+        """What the layer's taps gathered is whole: finds its next P, or starts the sum over the ranks. Does nothing in
+        ordinary steps."""
         current = self._current
-        if current is None or not current.due or name in current.pending:
+        if current is None or not current.due or name in current.complete:
             return
         started = time.perf_counter()
-        layer = self.layers[name]
-        layer.tap = None
-        gathered = current.accumulated.pop(name, None)
-        report = LayerReport(name)
-        packed = self._next_basis(name, layer, gathered, report)
-        current.pending[name] = _Pending(packed, report)
+        current.complete.add(name)
+        self.layers[name].tap = None
+        if self.ranks.world_size == 1:
+            current.pending[name] = self._next_basis(name, current.gathered.pop(name, None))
+        else:
+            self._start_reductions(current)
         current.seconds += time.perf_counter() - started
 
-    def _next_basis(
-        self, name: str, layer: LoQTLinear, gathered: _Accumulated | None, report: LayerReport
-    ) -> Packed | None:
-        """P (k, r), packed; None where the layer keeps the one it has."""
+    def _start_reductions(self, current: _Step) -> None:
+        """Starts the sums of layers that are complete, as far as the common order allows, and lets go of those that
+        others now have."""
+        while current.num_reducing < len(self._order):
+            name = self._order[current.num_reducing]
+            if name not in current.complete:
+                break
+            gathered = current.gathered.setdefault(name, self._nothing(self.layers[name], None))
+            gathered.reduction = self.ranks.reduce(gathered.total, self.owners[name])
+            current.num_reducing += 1
+        for name, gathered in list(current.gathered.items()):
+            done = gathered.reduction is not None and gathered.reduction.is_completed()
+            if done and self.owners[name] != self.ranks.rank:
+                gathered.total = gathered.total.new_empty(0)
+                gathered.columns = gathered.reduction = None
+
+    def _finish_reductions(self, current: _Step) -> None:
+        """Every layer's sum is with its owner afterwards; a rank that saw no gradient of a layer adds nothing to it."""
+        current.complete.update(self.layers)
+        self._start_reductions(current)
+        for gathered in current.gathered.values():
+            if gathered.reduction is not None:
+                gathered.reduction.wait()
+        counts = self.ranks.sum_numbers(*(current.gathered[name].num_tokens for name in self.layers))
+        for name, count in zip(self.layers, counts, strict=True):
+            current.gathered[name].num_tokens = count
+            if self.owners[name] != self.ranks.rank or not count:
+                del current.gathered[name]
+
+    def _next_basis(self, name: str, gathered: _Gathered | None) -> _Pending:
+        """The next P (k, r), packed; none where the layer keeps the one it has."""
+        layer, report = self.layers[name], LayerReport(name)
         first = name not in self._initialized
         seed = self._layer_seed(name + "/basis")
         full: Completed | None = None
@@ -318,42 +394,71 @@ class Controller:
                 report.captured_energy = captured_energy(gathered.probed(), full.vectors)
         if full is None:
             if not first:
-                return None
+                return _Pending(None, report)
             # A layer without any P would learn nothing until the next time: it starts from a random basis.
             report.method, report.kept = f"random ({report.kept})", None
             nothing = torch.zeros(layer.basis_shape[0], 0, device=layer.B.device)
             full = complete_basis(nothing, layer.rank, previous=None, seed=seed)
         report.num_from_previous, report.num_random = full.num_from_previous, full.num_random
-        return quantize(full.vectors, layer.spec_p)
+        return _Pending(quantize(full.vectors, layer.spec_p), report)
 
     # ---------------------------------------------------------------- from P to W, B
 
     @torch.no_grad()
     def apply(self, name: str) -> None:
-        """Merges, quantizes and compensates one layer whose update has been made."""
+        """Re-initializes one layer whose update has been made (one process)."""
         current = self._current
-        if current is None or name not in current.pending:
-            return
+        if current is not None and name in current.pending:
+            self._reinitialize(current, [name])
+
+    def _reinitialize(self, current: _Step, names: list[str]) -> None:
+        """Merges, quantizes and compensates layers of different owners, each on its owner, and installs the results on
+        all ranks."""
         started = time.perf_counter()
-        layer = self.layers[name]
-        pending = current.pending.pop(name)
-        current.reports.append(pending.report)
-        if pending.packed_p is not None:
-            self._rebuild(name, layer, pending.packed_p, pending.report)
+        project = self.options.optimizer_state == "project"
+        values: dict[str, list[Tensor]] = {}  # B, and both moments if they are to be projected
+        factors: dict[str, Tensor | None] = {}
+        moments: dict[str, list[Tensor | None]] = {}
+        for name in names:
+            owner, first = self.owners[name], name not in self._initialized
+            factors[name] = None if first and self._original is not None else self.store.read(name, owner)
+            if project and not first and self.store.has_moments(name):
+                moments[name] = [self.store.moment(name, index, owner) for index in (0, 1)]
+        mine = [name for name in names if self.owners[name] == self.ranks.rank]
+
+        def rebuild() -> list[LayerReport]:
+            reports = []
+            for name in mine:  # one or none
+                pending = current.pending.pop(name, None) or self._next_basis(name, current.gathered.pop(name, None))
+                if pending.packed_p is not None:
+                    values[name] = self._rebuild(name, pending, factors[name], moments.get(name))
+                reports.append(pending.report)
+            return reports
+
+        reports = [report for reports in self.ranks.gather(rebuild) for report in reports]
+        for report in sorted(reports, key=lambda report: names.index(report.name)):
+            current.reports[report.name] = report
+            if report.kept is None:
+                self._install(report.name, values.get(report.name), projected=report.name in moments)
         current.seconds += time.perf_counter() - started
 
-    def _rebuild(self, name: str, layer: LoQTLinear, packed_p: Packed, report: LayerReport) -> None:
-        first = name not in self._initialized
-        if first and self._original is not None:
+    def _rebuild(
+        self, name: str, pending: _Pending, factor: Tensor | None, moments: list[Tensor | None] | None
+    ) -> list[Tensor]:
+        """Sets W and P of a layer on its owner; returns the new B, and moments where they are given, shaped like B."""
+        layer, report = self.layers[name], pending.report
+        assert pending.packed_p is not None
+        if factor is None:
+            assert self._original is not None
             weight = self._original(name).to(device=layer.B.device, dtype=torch.float32)
         else:
-            weight = layer.effective_weight(layer.canonical(self.store.read(name)))
-        new_hat = dequantize(packed_p, layer.basis_shape, layer.spec_p)
-        if not first and self.options.optimizer_state == "project":
-            self._project_moments(name, layer, new_hat)
-        elif first or self.options.optimizer_state == "reset":
-            # The first time, B has only seen a step without P: its state is that of a new parameter.
-            self.store.reset_moments(name)
+            weight = layer.effective_weight(layer.canonical(factor))
+        new_hat = dequantize(pending.packed_p, layer.basis_shape, layer.spec_p)
+        projected: list[Tensor] = []
+        if moments is not None:
+            one, two = (layer.canonical(moment) for moment in moments if moment is not None)
+            between = overlap(layer.basis_hat(), new_hat)  # (r, r)
+            projected = [layer.canonical(moment) for moment in project_moments(one, two, between)]
         result = compensate(
             weight,
             new_hat,
@@ -363,35 +468,52 @@ class Controller:
             spec=layer.spec_w,
         )
         layer.set_w(result.packed)
-        layer.set_p(packed_p)
-        self.store.write(name, layer.canonical(result.factor))
+        layer.set_p(pending.packed_p)
         report.error_before, report.error_after = result.error_before, result.error_after
+        return [layer.canonical(result.factor), *projected]
+
+    def _install(self, name: str, values: list[Tensor] | None, *, projected: bool) -> None:
+        """Makes all ranks hold what the owner has made, bit for bit."""
+        layer, owner = self.layers[name], self.owners[name]
+        for buffer in (*layer.packed_w().values(), *layer.packed_p().values()):
+            self.ranks.broadcast(buffer, owner)
+        num_values = 3 if projected else 1
+        if values is None:
+            # float32: B goes into masters as it was computed.
+            values = [torch.empty(layer.B.shape, device=layer.B.device) for _ in range(num_values)]
+        if self.ranks.world_size > 1:
+            values = [value.contiguous() for value in values]
+        for value in values:
+            self.ranks.broadcast(value, owner)
+        if projected:
+            self.store.set_moments(name, values[1], values[2])
+        elif name not in self._initialized or self.options.optimizer_state == "reset":
+            # The first time, B has only seen a step without P: its state is that of a new parameter.
+            self.store.reset_moments(name)
+        self.store.write(name, values[0])
         self._initialized.add(name)
 
-    def _project_moments(self, name: str, layer: LoQTLinear, new_hat: Tensor) -> None:
-        moments = self.store.moments(name)
-        if moments is None:
-            return
-        between = overlap(layer.basis_hat(), new_hat)  # (r, r)
-        first, second = project_moments(layer.canonical(moments[0]), layer.canonical(moments[1]), between)
-        self.store.set_moments(name, layer.canonical(first), layer.canonical(second))
-
+    @torch.no_grad()
     def end_step(self, applied: bool) -> ReinitReport | None:
         """Ends the step. If its update was applied, every layer that still waits is re-initialized now; if it was
         skipped, what was gathered is dropped and the re-initialization stays due for the next step.
 
-        Returns a report if a re-initialization took place.
+        Returns a report if a re-initialization took place; it is the same on all ranks, but for the seconds.
         """
         current = self._current
         assert current is not None
         report = None
         if current.due:
+            if self.ranks.world_size > 1:
+                started = time.perf_counter()
+                self._finish_reductions(current)  # also of a skipped step: ranks may have started different ones
+                current.seconds += time.perf_counter() - started
             if applied:
-                for name in self.layers:
-                    if not any(done.name == name for done in current.reports):
-                        self.gradient_complete(name)
-                        self.apply(name)
-                report = ReinitReport(current.step, current.seconds, current.reports)
+                for names in self._rounds:
+                    if waiting := [name for name in names if name not in current.reports]:
+                        self._reinitialize(current, waiting)
+                layers = [current.reports[name] for name in self.layers]
+                report = ReinitReport(current.step, current.seconds, layers)
             self._overdue = not applied
             for layer in self.layers.values():
                 layer.tap = None
