@@ -177,12 +177,13 @@ def test_any_flipped_bit_of_the_manifest_is_found(tmp_path: Path, position: int)
         load_checkpoint(path)
 
 
-def test_an_unknown_format_version_is_refused_saying_which_are_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 7, None])
+def test_an_unknown_format_version_is_refused_saying_which_are_read(tmp_path: Path, version: int | None) -> None:
     path = save(tmp_path, 3)
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["format_version"] = 7
+    manifest["format_version"] = version
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="format version 7; loqt_ds .* reads version 2"):
+    with pytest.raises(CheckpointError, match=f"format version {version}; loqt_ds .* reads version 2: use the release"):
         load_checkpoint(path)
 
 
@@ -193,6 +194,16 @@ def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
     manifest["checksum"] = module.checksum(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="outside"):
+        load_checkpoint(path)
+
+
+def test_every_file_of_a_group_has_a_checksum(tmp_path: Path) -> None:
+    path = save(tmp_path, 3)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["groups"]["model"] = ["../elsewhere.safetensors"]
+    manifest["checksum"] = module.checksum(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="no size and no checksum of ../elsewhere"):
         load_checkpoint(path)
 
 
@@ -244,6 +255,26 @@ def test_newest_is_what_was_written_last(tmp_path: Path) -> None:
     rewound = save(tmp_path, 150, keep=1)
     assert names(tmp_path) == ["step_150"]
     assert find_checkpoint(tmp_path, "auto") == rewound
+
+
+def test_a_checkpoint_may_have_a_name_of_its_own(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    assert (tmp_path / "latest").read_text() == "step_1"
+    path = save(tmp_path, 2, name="best.v1", keep=1)
+    assert path == tmp_path / "best.v1" and names(tmp_path) == ["best.v1"]
+    assert (tmp_path / "latest").read_text() == "best.v1"
+    assert load_checkpoint(path).step == 2
+    assert find_checkpoint(tmp_path, "auto") == find_checkpoint(tmp_path / "absent", str(path)) == path
+    assert save(tmp_path, 3, keep=1) == tmp_path / "step_3"
+    assert names(tmp_path) == ["step_3"] and (tmp_path / "latest").read_text() == "step_3"
+
+
+def test_one_process_writes_one_part(tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(save(tmp_path, 1))
+    assert checkpoint.num_parts("model") == 1
+    assert checkpoint.tensors("model", 0).keys() == checkpoint.tensors("model").keys()
+    with pytest.raises(CheckpointError, match="no part 1 of 'model'; it has parts 0 to 0"):
+        checkpoint.tensors("model", 1)
 
 
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
@@ -414,6 +445,10 @@ def test_an_unwritable_directory_is_reported(tmp_path: Path) -> None:
     [
         ({"step": -1}, "step=-1"),
         ({"keep": -1}, "checkpoint.keep=-1"),
+        ({"name": "../other"}, "name='../other' cannot name a checkpoint; use letters"),
+        ({"name": ".saving-me"}, "name='.saving-me' cannot name"),
+        ({"name": "latest"}, "name='latest' cannot name"),
+        ({"name": ""}, "name='' cannot name"),
         ({"tensors": {"../model": {}}}, "'../model' cannot name"),
         ({"tensors": {"model": {"x": torch.empty(2, device="meta")}}}, "tensor 'x'"),
         ({"tensors": {"model": {"x": torch.zeros(2, dtype=torch.complex128)}}}, "tensor 'x' .*complex128"),
