@@ -27,9 +27,9 @@ from loqt_ds.export.verify import Expected, verify_export
 from loqt_ds.method.conversion import build_meta, loqt_layers, output_head, tie_weights
 from loqt_ds.method.description import transformers_config
 from loqt_ds.method.linear import LoQTLinear
+from loqt_ds.shards import saved_masters
 
 FORMATS = ("nf4", "bf16")
-MASTER_PREFIX = "master."
 DEFAULT_MAX_SHARD_SIZE_GIB = 5.0
 
 Say = Callable[[str], object]
@@ -286,13 +286,12 @@ def _rebuild(checkpoint: Checkpoint) -> tuple[nn.Module, Any]:
         missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:  # shapes
         raise ExportError(f"{checkpoint.path} does not fit the model it describes: {error}") from error
-    for name, master in _masters(checkpoint).items():
+    masters = {}
+    if "optimizer" in checkpoint.groups():
+        masters = saved_masters(checkpoint, {name: p.shape for name, p in model.named_parameters()})
+    for name, master in masters.items():
         parent, _, child = name.rpartition(".")
-        module = model.get_submodule(parent)
-        if child not in module._parameters:
-            unexpected.append(MASTER_PREFIX + name)
-        else:
-            setattr(module, child, nn.Parameter(master, requires_grad=False))
+        setattr(model.get_submodule(parent), child, nn.Parameter(master, requires_grad=False))
     tie_weights(model)
     absent = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if absent or unexpected:
@@ -301,13 +300,3 @@ def _rebuild(checkpoint: Checkpoint) -> tuple[nn.Module, Any]:
             f"{unexpected or 'nothing'} too much ({len(missing)} names were not found)"
         )
     return model.eval(), model_config
-
-
-def _masters(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Parameter name -> fp32 master."""
-    if "optimizer" not in checkpoint.groups():
-        return {}
-    tensors = checkpoint.tensors("optimizer")
-    return {
-        name.removeprefix(MASTER_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(MASTER_PREFIX)
-    }

@@ -3,9 +3,9 @@
 Three ways in:
 
 - `convert(model, ...)` replaces the linears of a model that is in memory;
-- `build_model(config, ...)` builds a transformers model with unallocated parameters and then materializes one module at
-  a time (drawn by the model's own initializer, each module from its own seed, or read from safetensors), quantizes it
-  and lets the full-precision tensor go;
+- `build_model(config, ...)` builds a transformers model with unallocated parameters, and `materialize(model, ...)`
+  takes any such model: one module at a time is drawn by the model's own initializer, each from its own seed, or read
+  from safetensors, quantized, and its full-precision tensor let go; several ranks share the work;
 - `build_meta(config, ...)` stops before materializing, for the planner, for checks, and for loading a checkpoint.
 
 Because a weight is drawn from (seed, module name) or read from a file, it can be had again: `WeightSource.weight(name)`
@@ -31,6 +31,7 @@ from loqt_ds.config import LoQTConfig
 from loqt_ds.core.quantization import QuantSpec, quantize
 from loqt_ds.core.subspace import layer_seed, resolve_side
 from loqt_ds.method.linear import LoQTLinear
+from loqt_ds.ranks import ALONE, Ranks
 
 
 class WeightSource(Protocol):
@@ -57,11 +58,11 @@ def output_head(model: nn.Module) -> nn.Module | None:
 def target_linears(model: nn.Module, target_modules: str | list[str]) -> dict[str, nn.Linear]:
     """The linears to adapt, by name.
 
-    `target_modules` is "all-linear" (every `nn.Linear` but the output head and those whose weight is shared), a regular
-    expression matched against the whole module name, or a list of name suffixes.
+    `target_modules` is "all-linear" (every `nn.Linear` but the output head, those whose weight is shared, and those
+    whose weight is frozen), a regular expression matched against the whole module name, or a list of name suffixes.
 
     Raises ValueError, listing the names there are, if nothing matches, a listed suffix matches nothing, or the output
-    head or a shared weight is asked for.
+    head, a shared or a frozen weight is asked for.
     """
     head = output_head(model)
     owners: dict[int, int] = {}
@@ -70,7 +71,9 @@ def target_linears(model: nn.Module, target_modules: str | list[str]) -> dict[st
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     # Exactly nn.Linear: subclasses (say, of nn.MultiheadAttention) are read by their parents, not called.
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    allowed = {n: m for n, m in linears.items() if m is not head and owners[id(m.weight)] == 1}
+    allowed = {
+        n: m for n, m in linears.items() if m is not head and owners[id(m.weight)] == 1 and m.weight.requires_grad
+    }
     known = ", ".join(sorted({re.sub(r"\.\d+\.", ".N.", name) for name in allowed})) or "none"
     if target_modules == "all-linear":
         chosen = allowed
@@ -93,7 +96,7 @@ def target_linears(model: nn.Module, target_modules: str | list[str]) -> dict[st
     if refused:
         raise ValueError(
             f"loqt.target_modules={target_modules!r} matches {', '.join(refused)}: the output head and shared weights "
-            f"are trained in full; choose among: {known}"
+            f"are trained in full, and weights that need no gradient stay as they are; choose among: {known}"
         )
     return {name: module for name, module in linears.items() if name in chosen}
 
@@ -202,12 +205,6 @@ def _tied_head(model: nn.Module) -> nn.Module | None:
     return output_head(model) if getattr(config, "tie_word_embeddings", False) else None
 
 
-def _materialize(module: nn.Module, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
-    for short, _ in list(module.named_parameters(recurse=False)):
-        module.register_parameter(short, nn.Parameter(tensors[short].to(device=device, dtype=dtype)))
-
-
-@torch.no_grad()
 def build_model(
     model_config: Any,
     loqt: LoQTConfig,
@@ -216,39 +213,89 @@ def build_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
+    ranks: Ranks = ALONE,
 ) -> tuple[nn.Module, WeightSource]:
-    """Builds, quantizes and releases layer by layer; at its peak one weight is alive in float32.
+    """Builds a transformers causal LM and materializes it in 4 bits (see `materialize`)."""
+    model = build_empty(model_config, attention=attention)
+    return materialize(model, loqt, source, device=device, dtype=dtype, ranks=ranks)
+
+
+@torch.no_grad()
+def materialize(
+    model: nn.Module,
+    loqt: LoQTConfig,
+    source: Callable[[nn.Module], WeightSource],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    ranks: Ranks = ALONE,
+) -> tuple[nn.Module, WeightSource]:
+    """Makes, quantizes and releases a model on the meta device layer by layer; one weight at a time is in float32.
+
+    Several ranks share the work: each makes every N-th module and broadcasts it, quantized, so that a weight is read or
+    drawn once.
 
     Args:
-        model_config: a transformers configuration.
+        model: its parameters are on the meta device, its buffers are real. It is changed.
         source: makes the weight source for the empty model: `initializer(seed)` or `checkpoint_files(directory)`.
         device, dtype: of the trained parameters and of the computation.
 
     Returns the model, whose P and B are zero, and the source.
     """
     device = torch.device(device)
-    model = build_empty(model_config, attention=attention)
+    unreal = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    if unreal:
+        raise ValueError(
+            f"the buffer {unreal[0]} is on the meta device; build the model with its parameters there only "
+            "(accelerate.init_empty_weights(include_buffers=False))"
+        )
     linears = target_linears(model, loqt.target_modules)
     check_rank(linears, loqt.rank)
     weights = source(model)
     tied = _tied_head(model)
-    for name, module in list(model.named_modules()):
-        if module is tied or not list(module.named_parameters(recurse=False)):
-            continue
-        tensors = weights.module(name, module)
-        if name not in linears:
-            _materialize(module, tensors, device, dtype)
-            del tensors
-            continue
-        layer = _loqt_twin(linears[name], loqt, dtype, device)
-        layer.set_w(quantize(tensors["weight"].to(device).float(), layer.spec_w))
-        if layer.bias is not None:
-            layer.bias.copy_(tensors["bias"])
+    shared: dict[int, nn.Parameter] = {}  # by the parameter on the meta device
+
+    def empty(name: str, module: nn.Module) -> nn.Module:
+        """What replaces a module, not filled in yet."""
+        if name in linears:
+            return _loqt_twin(linears[name], loqt, dtype, device)
+        for short, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in shared:
+                blank = torch.empty(parameter.shape, device=device, dtype=dtype)
+                shared[id(parameter)] = nn.Parameter(blank, requires_grad=parameter.requires_grad)
+            module.register_parameter(short, shared[id(parameter)])
+        return module
+
+    def fill(made: nn.Module, tensors: dict[str, Tensor]) -> None:
+        if isinstance(made, LoQTLinear):
+            made.set_w(quantize(tensors["weight"].to(device).float(), made.spec_w))
+            tensors = {"bias": tensors["bias"]} if made.bias is not None else {}
+        for short, tensor in tensors.items():
+            getattr(made, short).copy_(tensor)
+
+    jobs = [
+        (name, module)
+        for name, module in model.named_modules()
+        if module is not tied and list(module.named_parameters(recurse=False))
+    ]
+    for start in range(0, len(jobs), ranks.world_size):
+        batch = jobs[start : start + ranks.world_size]
+        own = batch[ranks.rank] if ranks.rank < len(batch) else None
+        # Before the module is replaced: its parameters' shapes are asked for.
+        tensors = ranks.attempt(lambda own=own: weights.module(*own) if own is not None else {})  # type: ignore[misc]
+        made = [(name, empty(name, module)) for name, module in batch]
+        if own is not None:
+            fill(made[ranks.rank][1], tensors)
         del tensors  # before the next is there
-        _replace(model, name, layer)
+        for owner, (name, module) in enumerate(made):
+            of_w = list(module.packed_w().values()) if isinstance(module, LoQTLinear) else []
+            for tensor in (*of_w, *(p.data for _, p in module.named_parameters(recurse=False))):
+                ranks.broadcast(tensor, owner)
+            if name in linears:
+                _replace(model, name, module)
     tie_weights(model)
     model.to(device)  # what is left: buffers such as rotary tables
-    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     assert not left, f"not materialized: {left}"
     return model, weights
 
@@ -260,19 +307,27 @@ class _Initializer:
         self._model, self._seed = model, seed
         self._linears = {n: (m.in_features, m.out_features) for n, m in model.named_modules() if type(m) is nn.Linear}
 
-    def _owner(self, name: str) -> nn.Module:
+    def _initialize(self, name: str, module: nn.Module) -> None:
+        """Draws a module's parameters in place, as the transformers model around it does, or by its own
+        `reset_parameters`."""
         from transformers import PreTrainedModel
 
         parts = name.split(".")
         for end in range(len(parts), -1, -1):
-            module = self._model.get_submodule(".".join(parts[:end]))
-            if isinstance(module, PreTrainedModel):
-                return module
-        raise ValueError(f"{type(self._model).__name__} has no initializer of its own; give weights to load instead")
+            around = self._model.get_submodule(".".join(parts[:end]))
+            if isinstance(around, PreTrainedModel):
+                around._init_weights(module)  # type: ignore[operator]
+                return
+        reset = getattr(module, "reset_parameters", None)
+        if not callable(reset):
+            raise ValueError(
+                f"{name or 'the model'} ({type(module).__name__}) has parameters and no reset_parameters() to draw "
+                "them with; give a directory of weights"
+            )
+        reset()
 
     def module(self, name: str, module: nn.Module) -> dict[str, Tensor]:
         empties = dict(module.named_parameters(recurse=False))
-        owner = self._owner(name)
         for short, empty in empties.items():
             # NaN, not zero: a parameter that the initializer forgets must not pass for an initialized one.
             blank = torch.full(empty.shape, float("nan"), dtype=torch.float32)
@@ -280,14 +335,16 @@ class _Initializer:
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed: it also seeds every accelerator, whose states are not forked.
             torch.default_generator.manual_seed(layer_seed(self._seed, 0, name))
-            owner._init_weights(module)  # type: ignore[operator]
+            self._initialize(name, module)
         tensors = {short: p.detach() for short, p in module.named_parameters(recurse=False)}
         for short, empty in empties.items():
             # Whoever holds the module must not hold what was drawn: all modules would be the whole model in float32.
             module.register_parameter(short, empty)
         forgotten = [short for short, t in tensors.items() if not torch.isfinite(t).all()]
         if forgotten:
-            raise ValueError(f"the initializer of {type(owner).__name__} leaves {name}.{forgotten[0]} uninitialized")
+            raise ValueError(
+                f"the initializer of {type(self._model).__name__} leaves {name}.{forgotten[0]} uninitialized"
+            )
         return tensors
 
     def weight(self, name: str) -> Tensor:
@@ -300,8 +357,10 @@ class _Initializer:
 class _CheckpointFiles:
     """Reads tensors, one at a time, from one or several safetensors files."""
 
-    def __init__(self, model: nn.Module, directory: Path) -> None:
-        self._files = dict(_tensor_files(directory))
+    def __init__(self, model: nn.Module, directory: Path, option: str) -> None:
+        what = f"{option}={str(directory)!r}"
+        self._files = dict(_tensor_files(directory, option))
+        self._option = option
         tied = _tied_head(model)
         wanted: dict[str, torch.Size] = {}
         for name, module in model.named_modules():
@@ -311,7 +370,7 @@ class _CheckpointFiles:
         missing = sorted(set(wanted) - set(self._files))
         if missing:
             raise ValueError(
-                f"model.path={str(directory)!r} has no tensor {missing[0]} (and {len(missing) - 1} others of "
+                f"{what} has no tensor {missing[0]} (and {len(missing) - 1} others of "
                 f"{len(wanted)} are missing): its config.json describes another model than its files hold"
             )
         ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []]
@@ -323,22 +382,20 @@ class _CheckpointFiles:
         extra = [k for k in sorted(set(self._files) - set(wanted)) if not any(p.search(k) for p in ignored)]
         if extra:
             raise ValueError(
-                f"model.path={str(directory)!r} holds {len(extra)} tensors that {type(model).__name__} has no place "
+                f"{what} holds {len(extra)} tensors that {type(model).__name__} has no place "
                 f"for, the first being {extra[0]}; give the directory of a full-precision checkpoint of that model"
             )
         for name, shape in wanted.items():
             found = self._shape(name)
             if tuple(found) != tuple(shape):
-                raise ValueError(
-                    f"model.path={str(directory)!r}: {name} is {tuple(found)}, the model's is {tuple(shape)}"
-                )
+                raise ValueError(f"{what}: {name} is {tuple(found)}, the model's is {tuple(shape)}")
 
     def _shape(self, name: str) -> list[int]:
-        with _opened(self._files[name]) as file:
+        with _opened(self._files[name], self._option) as file:
             return file.get_slice(name).get_shape()
 
     def _read(self, name: str) -> Tensor:
-        with _opened(self._files[name]) as file:
+        with _opened(self._files[name], self._option) as file:
             return file.get_tensor(name)
 
     def module(self, name: str, module: nn.Module) -> dict[str, Tensor]:
@@ -350,16 +407,16 @@ class _CheckpointFiles:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def _opened(file: Path, option: str) -> Iterator[Any]:
     """A safetensors file; ValueError, naming it, where it is damaged."""
     try:
         with safe_open(file, framework="pt") as opened:
             yield opened
     except SafetensorError as error:
-        raise ValueError(f"model.path: {file} cannot be read ({error}); copy it again") from error
+        raise ValueError(f"{option}: {file} cannot be read ({error}); copy it again") from error
 
 
-def _tensor_files(directory: Path) -> Iterator[tuple[str, Path]]:
+def _tensor_files(directory: Path, option: str) -> Iterator[tuple[str, Path]]:
     """(tensor name, file) for each tensor of a safetensors checkpoint, sharded or not."""
     index = directory / "model.safetensors.index.json"
     single = directory / "model.safetensors"
@@ -367,19 +424,19 @@ def _tensor_files(directory: Path) -> Iterator[tuple[str, Path]]:
         try:
             weight_map = dict(json.loads(index.read_text())["weight_map"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"model.path: {index} is no index of shards ({error!r}); copy it again") from error
+            raise ValueError(f"{option}: {index} is no index of shards ({error!r}); copy it again") from error
         for name, file in weight_map.items():
             if not (directory / file).is_file():
-                raise ValueError(f"model.path={str(directory)!r}: the index names {file}, which is not there")
+                raise ValueError(f"{option}={str(directory)!r}: the index names {file}, which is not there")
             yield name, directory / file
     elif single.is_file():
-        with _opened(single) as opened:
+        with _opened(single, option) as opened:
             names = list(opened.keys())
         for name in names:
             yield name, single
     else:
         raise ValueError(
-            f"model.path={str(directory)!r} has neither model.safetensors nor model.safetensors.index.json; "
+            f"{option}={str(directory)!r} has neither model.safetensors nor model.safetensors.index.json; "
             "pickled .bin checkpoints are not read: convert them to safetensors"
         )
 
@@ -389,12 +446,12 @@ def initializer(seed: int) -> Callable[[nn.Module], WeightSource]:
     return lambda model: _Initializer(model, seed)
 
 
-def checkpoint_files(directory: str | Path) -> Callable[[nn.Module], WeightSource]:
-    """Weights read from the safetensors files of a directory.
+def checkpoint_files(directory: str | Path, *, option: str = "model.path") -> Callable[[nn.Module], WeightSource]:
+    """Weights read from the safetensors files of a directory, which errors call `option`.
 
     Raises ValueError if the files are missing, pickled, quantized, or of another model.
     """
-    return lambda model: _CheckpointFiles(model, Path(directory))
+    return lambda model: _CheckpointFiles(model, Path(directory), option)
 
 
 @torch.no_grad()

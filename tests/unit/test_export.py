@@ -411,12 +411,22 @@ def checkpoint_of(
     tokenizer = root.parent / "tokenizer"
     tokenizer.mkdir(parents=True, exist_ok=True)
     (tokenizer / "tokenizer.json").write_text("{}")
-    masters = {f"master.{name}": value for name, value in (masters or {}).items()}
+    # As ZeRO keeps masters: all of them in one vector.
+    flat = torch.cat([torch.zeros(0), *(value.flatten() for value in (masters or {}).values())])
+    fragments, offset = [], 0
+    for name, value in (masters or {}).items():
+        fragments.append([name, 0, value.numel(), offset])
+        offset += value.numel()
+    shards = [{"key": "flat", "length": offset, "fragments": fragments}] if masters else []
     return save_checkpoint(
         root,
         30,
-        tensors={"model": model.state_dict(), "optimizer": masters | {"state1.x": torch.zeros(3)}},
-        metadata={"model_config": config.to_dict(), "config": resolved.to_dict()},
+        tensors={"model": model.state_dict(), "optimizer": {"flat/master": flat, "flat/exp_avg": torch.zeros(3)}},
+        metadata={
+            "model_config": config.to_dict(),
+            "config": resolved.to_dict(),
+            "engine_state": {"shards": [shards]},
+        },
         directories={"tokenizer": tokenizer},
         keep=0,
     )
