@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from loqt_ds.ranks import ALONE, Ranks
 
 IGNORED = -100
 
@@ -57,17 +60,20 @@ def evaluate(
     batches: Iterable[dict[str, Tensor]],
     device: torch.device,
     *,
+    ranks: Ranks = ALONE,
     tick: Callable[[], None] | None = None,
 ) -> Evaluation:
     """Loss per predicted token over all batches, in evaluation mode; the mode before is restored.
 
-    `tick` is called after each batch, for progress.
+    Args:
+        batches: the same on all ranks; each takes its share of them. The result is the same on all.
+        tick: called after each batch of this rank, for progress.
     """
     was_training = model.training
     model.eval()
     total, count = torch.zeros((), dtype=torch.float64), 0
     try:
-        for batch in batches:
+        for batch in islice(batches, ranks.rank, None, ranks.world_size):
             inputs, targets = model_inputs(batch, device)
             total += summed_loss(model(**inputs).logits, targets).double().cpu()
             count += num_predicted(batch)
@@ -75,6 +81,9 @@ def evaluate(
                 tick()
     finally:
         model.train(was_training)
+    # Added up in the order of ranks by each of them: all get the same bits.
+    parts = ranks.gather_objects((float(total), count))
+    summed, count = sum(part for part, _ in parts), sum(part for _, part in parts)
     if count == 0:
         raise ValueError("there is no token to evaluate on; give more validation text (data.validation_fraction)")
-    return Evaluation(float(total) / count, count)
+    return Evaluation(summed / count, count)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loqt_ds.data import Tokenizer
 from loqt_ds.evaluation import Evaluation, evaluate
@@ -18,36 +20,59 @@ from loqt_ds.run import Run
 Say = Callable[[str], None]
 
 
-def finish(run: Run, trained: Evaluation, *, say: Say) -> None:
-    """Exports, evaluates what transformers loads back, prints both perplexities and continuations, points onward."""
+def collect(run: Run) -> Finished:
+    """What rank 0 needs of the others to `finish`. Collective, and the last one of a run."""
+    ranks = run.engine.ranks
+    output = ranks.on_main(lambda: _export_directory(run))
+    # The optimizer's memory makes room for the reloaded model; masters wait on the host.
+    masters = {name: tensor.cpu() for name, tensor in run.engine.masters().items()} if output is not None else {}
+    return Finished(output, masters)
+
+
+@dataclass
+class Finished:
+    """Where to export to (None: nothing is to be exported), and the float32 masters, on rank 0."""
+
+    output: Path | None
+    masters: dict[str, Tensor]
+
+
+def finish(run: Run, trained: Evaluation, finished: Finished, *, say: Say) -> None:
+    """Exports, evaluates what transformers loads back, prints both perplexities and continuations, points onward. On
+    rank 0."""
     config = run.config
     frequencies = run.data.summary["unigram_loss"]
     say("")
     say(f"trained model:   validation loss {trained.loss:.4f}, perplexity {trained.perplexity:.2f}")
     sampled = run.engine.network
     if config.export.format != "none":
-        sampled = _export(run, trained, say)
+        sampled = _export(run, trained, finished, say)
     say(f"token frequencies alone: loss {frequencies:.4f}, perplexity {math.exp(frequencies):.2f}")
     if config.eval.num_samples:
         _say_samples(run, sampled, say)
     _say_onward(run, say)
 
 
-def _export(run: Run, trained: Evaluation, say: Say) -> nn.Module:
-    """Writes run/export, reloads it, evaluates it; returns the reloaded model.
-
-    A run that went on after an export keeps it, and writes run/export-step_N beside it; one that had nothing left to
-    do returns the trained model.
-    """
-    config = run.config
+def _export_directory(run: Run) -> Path | None:
+    """A run that went on after an export keeps it, and writes run/export-step_N beside it; one that had nothing left to
+    do writes none."""
+    if run.config.export.format == "none":
+        return None
     output = run.directory / "export"
     if output.exists():
         output = run.directory / f"export-step_{run.engine.step_index}"
     if output.exists() or (output.name != "export" and run.resumed_step == run.engine.step_index):
+        return None
+    return output
+
+
+def _export(run: Run, trained: Evaluation, finished: Finished, say: Say) -> nn.Module:
+    """Writes the export, reloads it, evaluates it; returns the reloaded model, or the trained one where there is
+    nothing to write."""
+    config, output, masters = run.config, finished.output, finished.masters
+    if output is None:
         say(f"{run.directory} holds an export of this step already: nothing was trained since, nothing is written")
         return run.engine.network
-    # The optimizer's memory makes room for the reloaded model; masters wait on the host.
-    masters = {name: tensor.cpu() for name, tensor in run.engine.masters().items()}
     run.engine.release()
     if run.engine.device.type == "cuda":
         torch.cuda.empty_cache()

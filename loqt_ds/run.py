@@ -2,24 +2,32 @@
 
 Everything that can be refused is refused in the order of its cost: options, then the model's shape on the meta device,
 then files and directories, then data; weights come last.
+
+Where several ranks train, rank 0 chooses the directory and the checkpoint and reads every byte of it; the first rank of
+each node prepares tokenizer and tokens, which the others then find in the cache. The others wait for these without a
+limit: a corpus may take hours.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from loqt_ds.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from loqt_ds.config import Config, ConfigError, describe_model
 from loqt_ds.data import DataBundle, Tokenizer, build_data, load_or_train_tokenizer
 from loqt_ds.engines.base import Engine
 from loqt_ds.engines.single import SingleEngine
+from loqt_ds.failures import Voice
 from loqt_ds.memory import plan
 from loqt_ds.method.conversion import (
     WeightSource,
@@ -32,10 +40,23 @@ from loqt_ds.method.conversion import (
 )
 from loqt_ds.method.description import model_description, training_dtype
 from loqt_ds.metrics import MetricsLogger
-from loqt_ds.rundir import choose_checkpoint, choose_directory, claim_directory, compare_model, write_options
+from loqt_ds.optim import parameter_groups
+from loqt_ds.ranks import Ranks
+from loqt_ds.rundir import (
+    Lock,
+    choose_checkpoint,
+    choose_directory,
+    claim_directory,
+    compare_model,
+    flatten,
+    is_claimed_by,
+    write_options,
+)
 from loqt_ds.trainer import Trainer
 
 Say = Callable[[str], None]
+
+VISIBLE_SECONDS = 30.0  # for a directory made on one node to be seen on another
 
 
 @dataclass
@@ -50,7 +71,7 @@ class Run:
     model_config: Any
     logger: MetricsLogger
     trainer: Trainer
-    lock: IO[bytes]  # held while the run lasts
+    lock: Lock | None  # of rank 0; held while the run lasts
     resumed_step: int | None  # of the checkpoint it went on from
 
     @property
@@ -58,44 +79,59 @@ class Run:
         return self.directory / "tokenizer"
 
 
-def prepare(config: Config, *, ds_config: dict[str, Any] | None = None, say: Say = print) -> Run:
-    """Builds everything a run needs; loads the checkpoint it goes on from.
+def prepare(
+    config: Config, *, ds_config: str | Path | None = None, voice: Voice | None = None, say: Say = print
+) -> Run:
+    """Builds everything a run needs; loads the checkpoint it goes on from. Collective.
 
     Args:
         config: validated.
-        ds_config: of `engines.deepspeed.check_deepspeed`, to train under DeepSpeed; None: one device without it.
+        ds_config: file of a DeepSpeed configuration, to train under DeepSpeed; None: one device without it.
+        voice: of the processes that train together; None: this one is alone.
+        say: prints; used on rank 0 only.
 
-    Raises ValueError (of many kinds) for what the user can mend, before weights are loaded.
+    Raises ValueError (of many kinds) for what the user can mend, before weights are loaded; PeerFailed if another rank
+    does.
     """
-    if ds_config is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: `python -m loqt_ds.train` runs in one process; start one"
-        )
-    device = choose_device(config)
-    config = resolve_config(config, device)
-    check_model(config)
-    chosen = choose_directory(config, say)
-    checkpoint = choose_checkpoint(config, chosen, ds_config, say)
-    tokenizer = load_or_train_tokenizer(config, say)
-    model_config = configure_model(config, tokenizer)
-    data = build_data(config, tokenizer, say=say)
+    voice = Voice() if voice is None else voice
+    ranks = voice.ranks
+    say = say if ranks.is_main else _silent
+    device, config, ds_options = ranks.attempt(lambda: _check_options(config, ds_config))
+    _check_agreement(ranks, config, ds_options)
+    chosen, path = voice.on_main(lambda: _choose(config, ds_options, ranks.world_size, say))
+    checkpoint = ranks.attempt(lambda: _open_checkpoint(path))
+
+    is_first = ranks.local_rank == 0
+    tokenizer = voice.in_turn(is_first, lambda: load_or_train_tokenizer(config, say))
+    model_config = ranks.attempt(lambda: configure_model(config, tokenizer))
+    # A stream is not kept, so that nobody can find what another rank has read.
+    data = voice.in_turn(
+        is_first or config.data.streaming,
+        lambda: build_data(config, tokenizer, rank=ranks.rank, world_size=ranks.world_size, say=say),
+    )
     if checkpoint is not None:
         compare_model(checkpoint, model_config)
         data.train.load_state_dict(checkpoint.metadata["data"])  # refuses other data, before anything is loaded
-    directory, lock = claim_directory(config, chosen)
-    write_options(config, directory, ds_config)
-    tokenizer.save(directory / "tokenizer", say=say)
+
+    directory, lock = _claim(config, chosen, ranks)
+    voice.directory = directory
+    if ranks.is_main:
+        write_options(config, directory, ds_options)
+        tokenizer.save(directory / "tokenizer", say=say)
     say(f"run directory: {directory}")
     say_plan(config, model_config, device, say)
     torch.manual_seed(config.train.seed)
     model, original = load_model(config, model_config, device, resumed=checkpoint is not None, say=say)
-    engine = build_engine(config, model, ds_config, original)
+    engine = build_engine(config, model, ds_options, original, ranks)
+    if not ranks.is_main:
+        torch.manual_seed(config.train.seed + ranks.rank)  # what a model drops out is another thing on each rank
     logger = MetricsLogger(
         directory,
         max_steps=config.train.max_steps,
         every=config.logging.every,
         tensorboard=config.logging.tensorboard,
         progress=config.logging.progress,
+        is_main=ranks.is_main,
         resumed_step=None if checkpoint is None else checkpoint.step,
     )
     trainer = Trainer(
@@ -104,7 +140,7 @@ def prepare(config: Config, *, ds_config: dict[str, Any] | None = None, say: Say
         data,
         logger,
         checkpoints=directory / "checkpoints",
-        extra_metadata={"model_config": model_config.to_dict(), "ds_config": ds_config},
+        extra_metadata={"model_config": model_config.to_dict(), "ds_config": ds_options},
         directories={"tokenizer": directory / "tokenizer"},
     )
     if checkpoint is None:
@@ -114,6 +150,84 @@ def prepare(config: Config, *, ds_config: dict[str, Any] | None = None, say: Say
         say(f"going on from {checkpoint.path} (step {checkpoint.step})")
     resumed_step = None if checkpoint is None else checkpoint.step
     return Run(config, directory, tokenizer, data, engine, model_config, logger, trainer, lock, resumed_step)
+
+
+def _silent(_: str) -> None:
+    """What ranks other than 0 say."""
+
+
+# ---------------------------------------------------------------- what the ranks settle first
+
+
+def _check_options(config: Config, ds_config: str | Path | None) -> tuple[torch.device, Config, dict[str, Any] | None]:
+    """The device, the resolved configuration, and the completed DeepSpeed configuration."""
+    device = choose_device(config)
+    config = resolve_config(config, device)
+    ds_options = None
+    if ds_config is not None:
+        from loqt_ds.engines.ds_config import check_deepspeed
+
+        ds_options = check_deepspeed(ds_config, config)
+    check_model(config)
+    return device, config, ds_options
+
+
+def _check_agreement(ranks: Ranks, config: Config, ds_options: dict[str, Any] | None) -> None:
+    """Refuses ranks that were given different options: files differ between nodes, or `auto` means different things."""
+    mine = flatten(config.to_dict()) | {f"--ds_config: {name}": v for name, v in flatten(ds_options or {}).items()}
+    for rank, other in enumerate(ranks.gather_objects(mine)):
+        for name in mine:
+            if other.get(name) != mine[name]:
+                raise ConfigError(
+                    f"{name}={mine[name]} on rank {ranks.rank} ({socket.gethostname()}) is {other.get(name)} on rank "
+                    f"{rank}; start all ranks with the same command and the same files"
+                )
+
+
+def _choose(
+    config: Config, ds_options: dict[str, Any] | None, world_size: int, say: Say
+) -> tuple[Path | None, Path | None]:
+    """The run's directory (None: a new numbered one) and the verified checkpoint to go on from."""
+    directory = choose_directory(config, say)
+    checkpoint = choose_checkpoint(config, directory, ds_options, world_size, say)
+    return directory, None if checkpoint is None else checkpoint.path
+
+
+def _open_checkpoint(path: Path | None) -> Checkpoint | None:
+    """The checkpoint that rank 0 has verified."""
+    if path is None:
+        return None
+    try:
+        return load_checkpoint(path, verify=False)
+    except CheckpointError as error:
+        raise CheckpointError(f"on {socket.gethostname()}: {error} ({_SHARED})") from error
+
+
+_SHARED = "output_dir must be on a file system that all nodes see"
+
+
+def _claim(config: Config, chosen: Path | None, ranks: Ranks) -> tuple[Path, Lock | None]:
+    """The run's directory, made and locked by rank 0 and seen by all."""
+    lock: Lock | None = None
+
+    def claim() -> tuple[Path, str]:
+        nonlocal lock
+        directory, lock = claim_directory(config, chosen)
+        return directory, lock.token
+
+    directory, token = ranks.on_main(claim)
+
+    def look() -> None:
+        deadline = time.monotonic() + VISIBLE_SECONDS
+        while not is_claimed_by(directory, token):
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"output_dir={directory} of rank 0 is not to be seen on {socket.gethostname()}: {_SHARED}"
+                )
+            time.sleep(0.2)
+
+    ranks.attempt(look)
+    return directory, lock
 
 
 # ---------------------------------------------------------------- device and dtype
@@ -249,12 +363,19 @@ class _LazySource:
 
 
 def build_engine(
-    config: Config, model: nn.Module, ds_config: dict[str, Any] | None, original: Callable[[str], Tensor]
+    config: Config,
+    model: nn.Module,
+    ds_options: dict[str, Any] | None,
+    original: Callable[[str], Tensor],
+    ranks: Ranks,
 ) -> Engine:
     """DeepSpeed with a DeepSpeed configuration, else one device."""
-    if ds_config is None:
+    if ds_options is None:
         return SingleEngine(model, config, original=original)
-    from loqt_ds.engines.deepspeed import LoQTEngine, start_distributed
+    from loqt_ds.engines.deepspeed import LoQTEngine
 
-    start_distributed()
-    return LoQTEngine(model, config, ds_config, original=original)
+    groups = [
+        {"params": list(group.parameters.values()), "weight_decay": group.weight_decay}
+        for group in parameter_groups(model, config.optim)
+    ]
+    return LoQTEngine(model, config, ds_options, groups=groups, ranks=ranks, original=original)

@@ -7,7 +7,10 @@ import fcntl
 import json
 import os
 import re
+import socket
+import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,8 +30,27 @@ _FREE_ON_RESUME = (
     "output_dir",
     "name",
     "train.device",
+    "train.collective_timeout_seconds",
     "data.cache_dir",
     "data.num_processes",
+)
+# These may differ as long as a step sees the same rows.
+_BATCH = ("train.micro_batch_size", "train.gradient_accumulation_steps")
+# Of a DeepSpeed configuration: the batch, which follows the recipe; and how the same is computed, or told of.
+_FREE_OF_DEEPSPEED = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "zero_optimization.",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "comms_logger.",
+    "flops_profiler.",
+    "tensorboard.",
+    "wandb.",
+    "csv_monitor.",
 )
 
 
@@ -77,24 +99,47 @@ def _check_writable(directory: Path) -> None:
         raise ConfigError(f"output_dir={directory} cannot be written ({existing} is not writable); give another one")
 
 
-def claim_directory(config: Config, directory: Path | None) -> tuple[Path, IO[bytes]]:
-    """Makes the directory (a new number where it is None) and locks it until the process ends or the file is closed.
+@dataclass
+class Lock:
+    """A locked directory, until the process ends or the file is closed. `token` is written in it."""
+
+    file: IO[bytes]
+    token: str
+
+
+def claim_directory(config: Config, directory: Path | None) -> tuple[Path, Lock]:
+    """Makes the directory (a new number where it is None) and locks it.
 
     Raises ConfigError if another process has the run, or the directory cannot be written.
     """
+    token = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}"
     try:
         if directory is None:
             directory = _new_number(config)
         directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / LOCK_FILE).open("ab")
+        file = (directory / LOCK_FILE).open("ab")
     except OSError as error:
         raise ConfigError(f"output_dir={directory} cannot be written ({error.strerror}); give another one") from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        file.write(token.encode())
+        file.flush()
     except BlockingIOError:
-        lock.close()
+        file.close()
         raise ConfigError(f"output_dir={directory} belongs to a process that is still running; stop it first") from None
-    return directory, lock
+    except OSError as error:
+        file.close()
+        raise ConfigError(f"output_dir={directory} cannot be written ({error.strerror}); give another one") from error
+    return directory, Lock(file, token)
+
+
+def is_claimed_by(directory: Path, token: str) -> bool:
+    """Whether the directory, as seen from here, is the one that was locked with `token`."""
+    try:
+        return (directory / LOCK_FILE).read_text(encoding="utf-8") == token
+    except OSError:
+        return False
 
 
 def _new_number(config: Config) -> Path:
@@ -123,7 +168,7 @@ def write_options(config: Config, directory: Path, ds_config: dict[str, Any] | N
 
 
 def choose_checkpoint(
-    config: Config, directory: Path | None, ds_config: dict[str, Any] | None, say: Say
+    config: Config, directory: Path | None, ds_config: dict[str, Any] | None, world_size: int, say: Say
 ) -> Checkpoint | None:
     """The checkpoint to go on from, verified; None for a fresh run.
 
@@ -136,23 +181,21 @@ def choose_checkpoint(
     if path is None:
         return None
     checkpoint = load_checkpoint(path, verify=False)  # find_checkpoint has just verified it
-    engine = checkpoint.metadata["engine_state"]["engine"]
-    if engine != ("single" if ds_config is None else "deepspeed"):
-        raise CheckpointError(
-            f"checkpoint.resume: {path} was written by the {engine} engine; go on with the command that began the run"
-        )
-    compare_options(checkpoint, config, ds_config, say)
+    compare_options(checkpoint, config, ds_config, world_size, say)
     return checkpoint
 
 
-def compare_options(checkpoint: Checkpoint, config: Config, ds_config: dict[str, Any] | None, say: Say) -> None:
-    """Refuses options that differ from the checkpoint's; a longer or shorter run is allowed and said."""
-    saved, given = _flatten(checkpoint.metadata["config"]), _flatten(config.to_dict())
+def compare_options(
+    checkpoint: Checkpoint, config: Config, ds_config: dict[str, Any] | None, world_size: int, say: Say
+) -> None:
+    """Refuses options that differ from the checkpoint's; a longer or shorter run, another number of ranks and another
+    engine are allowed and said."""
+    saved, given = flatten(checkpoint.metadata["config"]), flatten(config.to_dict())
     # What is held out of a stream depends on how much is evaluated.
     strict = ("eval.max_tokens",) if config.data.streaming else ()
     for name in sorted(saved.keys() | given.keys()):
         before, now = saved.get(name), given.get(name)
-        if before == now or (name.startswith(_FREE_ON_RESUME) and name not in strict):
+        if before == now or name in _BATCH or (name.startswith(_FREE_ON_RESUME) and name not in strict):
             continue
         if name == "train.max_steps":
             say(f"train.max_steps was {before} and is {now}: the learning rate follows the new length")
@@ -161,20 +204,52 @@ def compare_options(checkpoint: Checkpoint, config: Config, ds_config: dict[str,
             f"{name}={now} differs from {name}={before} of {checkpoint.path}, which belongs to another run or model; "
             f"go on with `{name}={before}`, or start a new run"
         )
-    before_ds = _flatten(checkpoint.metadata.get("ds_config") or {})
-    now_ds = json.loads(json.dumps(_flatten(ds_config or {})))
+    _compare_batch(checkpoint, config, world_size, say)
+    before_ds = flatten(checkpoint.metadata.get("ds_config") or {})
+    now_ds = json.loads(json.dumps(flatten(ds_config or {})))
     for name in sorted(before_ds.keys() | now_ds.keys()):
-        if ds_config is not None and before_ds and before_ds.get(name) != now_ds.get(name):
+        if name.startswith(_FREE_OF_DEEPSPEED) or not before_ds or not now_ds:
+            continue
+        if before_ds.get(name) != now_ds.get(name):
             raise CheckpointError(
                 f"--ds_config: {name}={now_ds.get(name)} differs from {before_ds.get(name)} of {checkpoint.path}; go "
                 "on with the DeepSpeed configuration that began the run"
             )
 
 
+def _compare_batch(checkpoint: Checkpoint, config: Config, world_size: int, say: Say) -> None:
+    """Refuses another global batch, and names values that keep it."""
+    saved_ranks = int(checkpoint.metadata["world_size"])
+    saved, train = checkpoint.metadata["config"]["train"], config.train
+    before = saved["micro_batch_size"] * saved["gradient_accumulation_steps"] * saved_ranks
+    now = train.micro_batch_size * train.gradient_accumulation_steps * world_size
+    if now == before:
+        if world_size != saved_ranks:
+            say(f"{checkpoint.path} was written by {_count(saved_ranks)}; {_count(world_size)} go on with it")
+        return
+    rule = "train.micro_batch_size × train.gradient_accumulation_steps × ranks"
+    share = before // world_size
+    if before % world_size:
+        possible = ", ".join(str(n) for n in range(1, before + 1) if before % n == 0)
+        remedy = f"{before} rows cannot be split over {world_size} ranks; start {possible} ranks"
+    else:
+        size = max(n for n in range(1, min(share, train.micro_batch_size) + 1) if share % n == 0)
+        remedy = f"go on with `train.micro_batch_size={size} train.gradient_accumulation_steps={share // size}`"
+    raise CheckpointError(
+        f"train.micro_batch_size={train.micro_batch_size} × train.gradient_accumulation_steps="
+        f"{train.gradient_accumulation_steps} × {_count(world_size)} = {now} rows in a step, but {before} in "
+        f"{checkpoint.path} ({rule}); {remedy}, or start a new run"
+    )
+
+
+def _count(world_size: int) -> str:
+    return f"{world_size} rank{'s' if world_size > 1 else ''}"
+
+
 def compare_model(checkpoint: Checkpoint, model_config: Any) -> None:
     """Refuses a checkpoint of another model: the file that model.shape names may have been edited since."""
-    saved = _flatten(checkpoint.metadata["model_config"])
-    given = json.loads(json.dumps(_flatten(model_config.to_dict())))
+    saved = flatten(checkpoint.metadata["model_config"])
+    given = json.loads(json.dumps(flatten(model_config.to_dict())))
     for name in sorted(saved.keys() | given.keys()):
         if name not in ("transformers_version", "_name_or_path", "dtype") and saved.get(name) != given.get(name):
             raise CheckpointError(
@@ -183,11 +258,12 @@ def compare_model(checkpoint: Checkpoint, model_config: Any) -> None:
             )
 
 
-def _flatten(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted names; tuples as lists."""
     flat: dict[str, Any] = {}
     for key, value in mapping.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
     return flat

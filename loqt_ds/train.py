@@ -1,17 +1,25 @@
 """Command line: `python -m loqt_ds.train [--config RECIPE] [section.field=value ...]`.
 
-Parse, build, train, finish. `launch/pretrain.py` calls the same `main` with a DeepSpeed configuration.
+Parse, build, train, finish. `launch/pretrain.py` calls the same `main` with a DeepSpeed configuration, in as many
+processes as its launcher starts. What goes wrong is caught here and nowhere else (see `failures`).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from loqt_ds.config import help_text, load_config
+from loqt_ds.config import Config, ConfigError, help_text, load_config
+
+if TYPE_CHECKING:
+    from loqt_ds.failures import Voice
+    from loqt_ds.run import Run
 
 USAGE_ERROR, FAILED = 2, 1
 
@@ -21,8 +29,18 @@ def set_environment() -> None:
     # Threads that spin while they wait make a CPU run several times slower as soon as anything else runs beside it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if _num_processes() > 1:
+        # Otherwise each rank tells of a connection that another one closed, with the C++ stack.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        # DeepSpeed's own calls, which torch 2.13 wants under new names.
+        warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.\w+` is deprecated")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)
+
+
+def _num_processes() -> int:
+    """How many processes the launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def parse(arguments: Sequence[str] | None, *, deepspeed: bool) -> argparse.Namespace:
@@ -40,53 +58,139 @@ def parse(arguments: Sequence[str] | None, *, deepspeed: bool) -> argparse.Names
     )
     if deepspeed:
         parser.add_argument("--ds_config", required=True, help="DeepSpeed configuration, such as configs/zero2.json")
-        parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
+        # The environment says the same, and torchrun says it there only.
+        parser.add_argument("--local_rank", "--local-rank", type=int, help="given by the deepspeed launcher; not read")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="options of the recipe to change")
-    return parser.parse_intermixed_args(arguments)
+    with _only_the_first_speaks():
+        return parser.parse_intermixed_args(arguments)
+
+
+@contextlib.contextmanager
+def _only_the_first_speaks() -> Iterator[None]:
+    """What all processes would print alike (a wrong command line, help) only the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
 
 
 def main(arguments: Sequence[str] | None = None, *, deepspeed: bool = False) -> int:
-    """Returns the exit status: 0, 1 (training failed), 2 (a mistake in the request), 128 + n (signal n)."""
+    """Returns the exit status: 0, 1 (training failed), 2 (a mistake in the request), 128 + n (signal n).
+
+    One of several processes does not return if the run fails, on it or another; it exits with that status.
+    """
     options = parse(arguments, deepspeed=deepspeed)
     set_environment()
+    from loqt_ds.stopping import sigterm_raises
+
+    with sigterm_raises():
+        try:
+            config, problem = _read(options)
+            if problem is not None and _num_processes() == 1:
+                raise problem  # at once: joining loads DeepSpeed
+            voice = _join(config, deepspeed=deepspeed)
+        except KeyboardInterrupt as error:
+            with _only_the_first_speaks():
+                print(f"stopped by {_signal_of(error).name} before the first step", file=sys.stderr)
+            return 128 + _signal_of(error)
+        except Exception as error:
+            if _num_processes() == 1 and not isinstance(error, ValueError | OSError):
+                raise
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"error: {_what_kept_apart(error)}", file=sys.stderr)
+            return USAGE_ERROR
+        return _run(options, config, problem, voice, deepspeed=deepspeed)
+
+
+def _signal_of(error: KeyboardInterrupt) -> signal.Signals:
+    from loqt_ds.stopping import Terminated
+
+    return signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+
+
+def _read(options: argparse.Namespace) -> tuple[Config, Exception | None]:
+    """The configuration, or what is wrong with it: to be told once all processes can hear it."""
     try:
-        config = load_config(options.config, options.overrides)
-        from loqt_ds.run import choose_device, prepare, resolve_config
-
-        ds_config = None
-        if deepspeed:
-            from loqt_ds.engines.deepspeed import check_deepspeed
-
-            ds_config = check_deepspeed(options.ds_config, resolve_config(config, choose_device(config)))
-        run = prepare(config, ds_config=ds_config)
+        return load_config(options.config, options.overrides), None
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE_ERROR
-    except KeyboardInterrupt:
-        print("stopped by SIGINT before the first step", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return Config(), error
+
+
+def _join(config: Config, *, deepspeed: bool) -> Voice:
+    """Meets the other processes."""
+    from loqt_ds.failures import Voice
+
+    if not deepspeed:
+        return Voice()
+    import torch
+
+    from loqt_ds.engines.deepspeed import start_distributed
+
+    # Before NCCL meets: it binds a rank to the device that is current then.
+    if torch.cuda.is_available() and (device := int(os.environ.get("LOCAL_RANK", "0"))) < torch.cuda.device_count():
+        torch.cuda.set_device(device)
+    seconds = config.train.collective_timeout_seconds
+    return Voice(start_distributed(timeout_seconds=seconds), timeout_seconds=seconds)
+
+
+def _what_kept_apart(error: Exception) -> str:
+    """Why the processes could not meet."""
+    if isinstance(error, ValueError):
+        return str(error)
+    address, port = os.environ.get("MASTER_ADDR", "?"), os.environ.get("MASTER_PORT", "?")
+    text = f"the {_num_processes()} processes could not meet at {address}:{port}"
+    if "EADDRINUSE" in str(error):
+        return f"{text}: another run has the port; give the launcher another one (--master_port)"
+    return f"{text} ({' '.join(str(error).split())[:300]})"
+
+
+def _run(
+    options: argparse.Namespace, config: Config, problem: Exception | None, voice: Voice, *, deepspeed: bool
+) -> int:
     from torch import OutOfMemoryError
 
-    from loqt_ds.finish import finish
-    from loqt_ds.trainer import Interrupted, TrainingFailed
+    from loqt_ds.engines.base import ReplicaMismatch
+    from loqt_ds.finish import collect, finish
+    from loqt_ds.run import prepare
+    from loqt_ds.stopping import Interrupted
+    from loqt_ds.trainer import TrainingFailed
 
+    run: Run | None = None
     try:
+        if not deepspeed and _num_processes() > 1:
+            raise ConfigError(
+                f"WORLD_SIZE={_num_processes()}: `python -m loqt_ds.train` runs in one process; start one"
+            )
+        voice.ranks.agree(problem)
+        run = prepare(config, ds_config=options.ds_config if deepspeed else None, voice=voice)
+        voice.advice = run.trainer.last_checkpoint
         with run.logger:
             trained = run.trainer.fit()
-            finish(run, trained, say=run.logger.say)
-    except TrainingFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
-    except (ValueError, OSError, OutOfMemoryError) as error:
-        print(f"error: {error}. {run.trainer.last_checkpoint()}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:  # during the export; training itself turns the signal into Interrupted
-        print(f"stopped by SIGINT. {run.trainer.last_checkpoint()}", file=sys.stderr)
-        return 128 + signal.SIGINT
+            finished = collect(run)
+            voice.close()
+            if voice.ranks.is_main:
+                finish(run, trained, finished, say=run.logger.say)
+        return 0
     except Interrupted as error:
-        print(str(error), file=sys.stderr)
-        return 128 + error.signum
-    return 0
+        text = str(error) if error.everywhere else f"{error} {voice.advice()}"
+        return voice.end(error, text, status=128 + error.signum)
+    except KeyboardInterrupt as error:  # training itself turns the signal into Interrupted
+        when = " before the first step" if run is None else f". {voice.advice()}"
+        return voice.end(error, f"stopped by {_signal_of(error).name}{when}", status=128 + _signal_of(error))
+    except TrainingFailed as error:
+        return voice.end(error, f"error: {error}")
+    except (ValueError, OSError, OutOfMemoryError, ReplicaMismatch) as error:
+        if run is not None:
+            return voice.end(error, f"error: {error}. {voice.advice()}")
+        return voice.end(
+            error, f"error: {error}", status=USAGE_ERROR if isinstance(error, ValueError | OSError) else FAILED
+        )
+    except Exception as error:
+        if voice.ranks.world_size == 1:
+            raise
+        text = f"error: {type(error).__name__}: {error}. {voice.advice()}"
+        return voice.end(error, text.strip(), with_traceback=True)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 """The loop: batches in, steps out; evaluates, saves and reports at its intervals, and stops cleanly.
 
-It sees an `Engine`, and nothing of ranks, shards or re-initializations but the reports that come back.
+It sees an `Engine`, and nothing of shards or re-initializations but the reports that come back. Of ranks it sees that
+there may be several: before each step they tell one another how many tokens they bring, whether they were asked to
+stop, and whether they have no batch, so that all weigh tokens alike and all stop after the same step.
 """
 
 from __future__ import annotations
 
 import math
 import resource
-import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -22,20 +22,13 @@ from loqt_ds.data import DataBundle
 from loqt_ds.engines.base import Engine, StepReport
 from loqt_ds.evaluation import Evaluation, evaluate, model_inputs, num_predicted, summed_loss
 from loqt_ds.metrics import MetricsLogger
+from loqt_ds.stopping import REASONS, Interrupted, StopRequests, signal_of
 
 MAX_SKIPPED_IN_A_ROW = 10
 
 
 class TrainingFailed(RuntimeError):
     """The run cannot go on; the message names the last good checkpoint."""
-
-
-class Interrupted(RuntimeError):
-    """A signal asked the run to stop; it stopped after a step and saved. `signum` is the signal."""
-
-    def __init__(self, signum: int, message: str) -> None:
-        super().__init__(message)
-        self.signum = signum
 
 
 class Trainer:
@@ -63,13 +56,14 @@ class Trainer:
         directories: dict[str, Path],
     ) -> None:
         self._config, self._engine, self._data, self._logger = config, engine, data, logger
+        self._ranks = engine.ranks
         self._checkpoints, self._extra, self._directories = checkpoints, extra_metadata, directories
         self._num_tokens = 0  # predicted tokens so far, over all ranks
         self._num_skipped, self._skipped_in_a_row = 0, 0
         self._last_checkpoint: Path | None = None
         self._proven_checkpoint: Path | None = None  # the last one after which a step succeeded
+        self._saved_step: int | None = None
         self._save_is_due = False
-        self._signal: int | None = None
 
     # ---------------------------------------------------------------- the run
 
@@ -83,20 +77,20 @@ class Trainer:
         self._last_checkpoint = checkpoint.path
 
     def fit(self) -> Evaluation:
-        """Trains to the last step; returns the final evaluation.
+        """Trains to the last step; returns the final evaluation, the same on all ranks.
 
-        Raises TrainingFailed after ten skipped steps in a row or if a checkpoint cannot be written, Interrupted after
-        SIGTERM or SIGINT.
+        Raises TrainingFailed after ten skipped steps in a row, if a checkpoint cannot be written, or if there is no
+        batch for a step; Interrupted after SIGTERM or SIGINT; PeerFailed if another rank fails.
         """
         config = self._config
-        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         evaluated: Evaluation | None = None
-        try:
+        with StopRequests() as requests:
             if self._last_checkpoint is None:
                 self._save()
             self._window = _Window()
             while (step := self._engine.step_index) < config.train.max_steps:
-                report, loss, num_tokens = self._train_step()
+                batches, num_tokens = self._begin_step(requests)
+                report, loss = self._train_step(batches, num_tokens)
                 done = step + 1
                 self._record(report, loss, num_tokens)
                 evaluated = None
@@ -104,34 +98,61 @@ class Trainer:
                     evaluated = self._evaluate()
                 self._stop_if_hopeless()
                 self._save_is_due |= done % config.checkpoint.every == 0
-                ending = self._signal is not None or done == config.train.max_steps
                 # What a skipped step leaves may be a spoiled model: it must not push out the checkpoints before it.
-                if ending or (self._save_is_due and not self._skipped_in_a_row):
+                if done == config.train.max_steps or (self._save_is_due and not self._skipped_in_a_row):
                     self._save()
-                if self._signal is not None and done < config.train.max_steps:
-                    self._stop_for_signal()
             return evaluated or self._evaluate()
-        finally:
-            for signum, handler in handlers.items():
-                signal.signal(signum, handler)
 
-    def _train_step(self) -> tuple[StepReport, torch.Tensor, int]:
-        """One optimizer step; returns its report, the summed loss, and the number of predicted tokens."""
-        accumulation = self._config.train.gradient_accumulation_steps
-        batches = [self._data.train.next_batch() for _ in range(accumulation)]
-        num_tokens = max(1, sum(num_predicted(batch) for batch in batches))
+    def _begin_step(self, requests: StopRequests) -> tuple[list[dict[str, torch.Tensor]], int]:
+        """The micro-batches of this rank, and the number of predicted tokens of all ranks.
+
+        Raises on all ranks if one was asked to stop (the run is saved first) or has no batch.
+        """
+        position = self._data.train.state_dict()
+        batches: list[dict[str, torch.Tensor]] = []
+        problem: Exception | None = None
+        try:
+            for _ in range(self._config.train.gradient_accumulation_steps):
+                batches.append(self._data.train.next_batch())
+        except Exception as error:
+            problem = self._no_batch(error)
+        own_tokens = sum(num_predicted(batch) for batch in batches)
+        reason = requests.reason
+        num_tokens, num_problems, *asked = self._ranks.sum_numbers(
+            own_tokens, int(problem is not None), *(int(reason == other) for other in REASONS)
+        )
+        if any(asked):
+            self._stop(next(other for other, num in zip(REASONS, asked, strict=True) if num), position)
+        if num_problems:
+            self._ranks.agree(problem)
+        return batches, max(1, num_tokens)
+
+    def _no_batch(self, error: Exception) -> Exception:
+        """A failure of the data as an error to show; what is a bug of the program's stays as it is."""
+        if not isinstance(error, ValueError | OSError | StopIteration):
+            return error
+        reason = "the data ended" if isinstance(error, StopIteration) else str(error)
+        failed = TrainingFailed(
+            f"there is no batch for step {self._engine.step_index + 1}: {reason}. {self.last_checkpoint()}"
+        )
+        failed.__cause__ = error
+        return failed
+
+    def _train_step(self, batches: list[dict[str, torch.Tensor]], num_tokens: int) -> tuple[StepReport, torch.Tensor]:
+        """One optimizer step; returns its report and the loss summed over the tokens of all ranks."""
         total = torch.zeros((), device=self._engine.device)
         report = None
+        # Every predicted token of the step weighs the same, however the micro-batches of all ranks are filled; the
+        # engine divides by the accumulation steps and takes the mean over ranks.
+        weight = len(batches) * self._ranks.world_size / num_tokens
         for batch in batches:
             inputs, targets = model_inputs(batch, self._engine.device)
             loss = summed_loss(self._engine(**inputs).logits, targets)
-            # Every predicted token of the step weighs the same, however the micro-batches are filled; the engine
-            # divides by the accumulation steps.
-            self._engine.backward(loss * (accumulation / num_tokens))
+            self._engine.backward(loss * weight)
             total += loss.detach()
             report = self._engine.step()
         assert report is not None
-        return report, total, num_tokens
+        return report, self._ranks.all_reduce(total.double())
 
     # ---------------------------------------------------------------- reporting
 
@@ -176,7 +197,7 @@ class Trainer:
             batches = self._data.validation.batches(
                 options.micro_batch_size or self._config.train.micro_batch_size, options.max_tokens
             )
-            result = evaluate(self._engine.network, batches, self._engine.device)
+            result = evaluate(self._engine.network, batches, self._engine.device, ranks=self._ranks)
             step = self._engine.step_index
             self._logger.event("eval", {"step": step, **result.record()})
             self._logger.say(
@@ -187,7 +208,8 @@ class Trainer:
 
     # ---------------------------------------------------------------- saving and stopping
 
-    def _save(self) -> None:
+    def _save(self, position: dict[str, Any] | None = None) -> None:
+        """Writes a checkpoint; `position` is that of the data, where batches after it have been taken already."""
         window = getattr(self, "_window", None) or _Window()
         with window.paused():
             self._logger.flush()
@@ -195,7 +217,8 @@ class Trainer:
             metadata = self._extra | {
                 "config": self._config.to_dict(),
                 "engine_state": self._engine.saved_state(),
-                "data": self._data.train.state_dict(),
+                "data": self._data.train.state_dict() if position is None else position,
+                "world_size": self._ranks.world_size,
                 "num_tokens": self._num_tokens,
                 "num_skipped": self._num_skipped,
                 "skipped_in_a_row": self._skipped_in_a_row,
@@ -208,12 +231,13 @@ class Trainer:
                     metadata=metadata,
                     directories=self._directories,
                     keep=self._config.checkpoint.keep,
+                    ranks=self._ranks,
                 )
             except (OSError, ValueError) as error:
                 raise TrainingFailed(
                     f"the checkpoint of step {step} could not be written: {error}. {self.last_checkpoint()}"
                 ) from error
-            self._last_checkpoint, self._save_is_due = path, False
+            self._last_checkpoint, self._saved_step, self._save_is_due = path, step, False
             self._logger.event("checkpoint", {"step": step, "path": str(path)})
 
     def last_checkpoint(self) -> str:
@@ -237,19 +261,12 @@ class Trainer:
                 f"{self._engine.step_index}); lower optim.lr or set train.max_grad_norm. {self._where_to_go_on(good)}"
             )
 
-    def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
-        # The same signal twice means now, not after the step. (Ctrl-C under a launcher comes as SIGINT, and again as
-        # SIGTERM from the launcher: that is one wish.)
-        if signum == self._signal:
-            raise Interrupted(signum, f"stopped at once by {signal.Signals(signum).name}. {self.last_checkpoint()}")
-        self._signal = self._signal or signum
-
-    def _stop_for_signal(self) -> None:
-        assert self._signal is not None
-        name = signal.Signals(self._signal).name
-        raise Interrupted(
-            self._signal, f"stopped by {name} after step {self._engine.step_index}. {self.last_checkpoint()}"
-        )
+    def _stop(self, reason: str, position: dict[str, Any]) -> NoReturn:
+        """Saves, unless that has just been done, and ends the run on all ranks."""
+        if self._saved_step != self._engine.step_index:
+            self._save(position)
+        message = f"stopped by {reason} after step {self._engine.step_index}. {self.last_checkpoint()}"
+        raise Interrupted(signal_of(reason), message, everywhere=True)
 
 
 class _Window:

@@ -176,6 +176,8 @@ class TrainConfig:
     """Recompute each block's activations in backward: less memory, about a third more time."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, or cuda:N."""
+    collective_timeout_seconds: int = 1800
+    """How long ranks that train together wait for one another before they take the missing one for lost."""
 
 
 @dataclass

@@ -492,19 +492,14 @@ def test_deepspeed_with_a_recipe_it_cannot_honour(workshop: Workshop, tmp_path: 
     refuse(workshop, tmp_path, "optim.layerwise=true", "python -m loqt_ds.train", deepspeed=True, **options)
 
 
-def test_deepspeed_with_two_processes(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_device_with_two_processes(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refuse(workshop, tmp_path, "WORLD_SIZE=2", "--num_gpus 1", deepspeed=True)
+    refuse(workshop, tmp_path, "WORLD_SIZE=2", "one process")
 
 
 def test_deepspeed_without_its_configuration() -> None:
     done = main([], deepspeed=True)
     assert done.status == 2 and "--ds_config" in done.errors
-
-
-def test_a_checkpoint_of_the_other_engine(workshop: Workshop, tmp_path: Path, run: Path) -> None:
-    options = {"train__max_steps": 3, "checkpoint__resume": run / "checkpoints" / "step_3"}
-    refuse(workshop, tmp_path, str(run), "single", deepspeed=True, arguments=("--ds_config", str(ZERO2)), **options)
 
 
 # ---------------------------------------------------------------- the export command

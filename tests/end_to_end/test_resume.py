@@ -229,23 +229,25 @@ def test_a_signal_during_the_last_step_is_a_finished_run(
 
 
 @pytest.mark.parametrize(
-    ("signals", "saved", "said"),
+    ("signals", "apart", "saved", "said"),
     [
-        ((signal.SIGINT, signal.SIGTERM), ["step_0", "step_3"], "stopped by SIGINT after step 3"),
-        ((signal.SIGINT, signal.SIGINT), ["step_0"], "stopped at once by SIGINT"),
+        ((signal.SIGINT, signal.SIGTERM), 0, ["step_0", "step_3"], "stopped by SIGINT after step 3"),
+        ((signal.SIGINT, signal.SIGINT), 0, ["step_0", "step_3"], "stopped by SIGINT after step 3"),
+        ((signal.SIGINT, signal.SIGINT), 1.1, ["step_0"], "stopped at once by SIGINT"),
     ],
-    ids=["launcher", "impatient"],
+    ids=["deepspeed", "torchrun", "impatient"],
 )
 def test_two_signals(
     workshop: Workshop,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     signals: tuple[signal.Signals, ...],
+    apart: float,
     saved: list[str],
     said: str,
 ) -> None:
-    """Ctrl-C in the terminal of a launcher reaches the program twice: from the terminal, and as the launcher's SIGTERM.
-    It still saves. Who presses Ctrl-C twice wants to be out."""
+    """Ctrl-C in the terminal of a launcher reaches the program twice at once: from the terminal, and as what the
+    launcher makes of it. It still saves. Who presses Ctrl-C twice wants to be out."""
     from loqt_ds.trainer import Trainer
 
     record = Trainer._record
@@ -255,6 +257,7 @@ def test_two_signals(
         if report.step == 2:
             for number in signals:
                 signal.raise_signal(number)
+                time.sleep(apart)
 
     monkeypatch.setattr(Trainer, "_record", and_signals)
     stopped = workshop.train(output_dir=tmp_path / "run", train__max_steps=5)
