@@ -116,7 +116,7 @@ def save_checkpoint(
         (num_bytes,) = ranks.sum_numbers(part.num_bytes)
         try:
             temporary = ranks.on_main(lambda: _prepare(root, name, step, num_bytes))
-            written = ranks.gather_objects(ranks.attempt(lambda: _write_part(temporary, part, ranks)))
+            written = ranks.gather(lambda: _write_part(temporary, part, ranks))
             ranks.on_main(lambda: _finish(temporary, root / name, step, part, written))
         except BaseException:
             if ranks.is_main:
