@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from loqt_ds.engines.base import StepReport
 from loqt_ds.engines.single import SingleEngine
 from loqt_ds.method.conversion import build_model, initializer, loqt_layers
 from loqt_ds.method.linear import LoQTLinear
+from loqt_ds.ranks import Ranks
 
 VOCAB = 61
 
@@ -134,3 +137,63 @@ def factors(engine: Any) -> dict[str, Tensor]:
     """B of each layer in the precision of its master, canonical (l, r)."""
     controller = engine.controller
     return {name: layer.canonical(controller.store.read(name)) for name, layer in controller.layers.items()}
+
+
+# ---------------------------------------------------------------- ranks that are threads
+
+
+class ThreadRanks(Ranks):
+    """One of several ranks in this process, each a thread: exchanges go through a list that all of them share."""
+
+    def __init__(self, rank: int, slots: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self.world_size, self.device = rank, len(slots), torch.device("cpu")
+        self._slots, self._barrier = slots, barrier
+
+    def _exchange(self, value: Any) -> list[Any]:
+        self._slots[self.rank] = value
+        self._barrier.wait()
+        values = list(self._slots)
+        self._barrier.wait()
+        return values
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        assert tensor.is_contiguous()
+        tensor.copy_(self._exchange(tensor.clone())[source])
+
+    def reduce(self, tensor: Tensor, target: int) -> None:
+        total = torch.stack(self._exchange(tensor.clone())).sum(0)
+        tensor.copy_(total if self.rank == target else torch.full_like(total, -77))
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return tensor.copy_(torch.stack(self._exchange(tensor.clone())).sum(0))
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        return torch.stack(self._exchange(tensor.clone()))
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return self._exchange(value)
+
+
+def as_ranks(world_size: int, action: Callable[[Ranks], Any]) -> list[Any]:
+    """Runs `action(ranks)` as each of `world_size` ranks; what they return, by rank. Raises the first rank's error."""
+    slots: list[Any] = [None] * world_size
+    barrier = threading.Barrier(world_size, timeout=60)
+    results: list[Any] = [None] * world_size
+    errors: list[BaseException | None] = [None] * world_size
+
+    def member(rank: int) -> None:
+        try:
+            results[rank] = action(ThreadRanks(rank, slots, barrier))
+        except BaseException as error:
+            errors[rank] = error
+            barrier.abort()
+
+    threads = [threading.Thread(target=member, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    own = [error for error in errors if error is not None and not isinstance(error, threading.BrokenBarrierError)]
+    for error in own or [error for error in errors if error is not None]:
+        raise error
+    return results
