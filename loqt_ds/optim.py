@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -269,12 +269,16 @@ class RoundingAdam(torch.optim.Optimizer):
             self._generator.manual_seed(self._seed)
         return self._generator
 
-    def item(self, tensor: Any, weight_decay: float) -> ParameterOptimizer:
-        """The optimizer of one tensor."""
+    def item(self, tensor: Any, group: dict[str, Any]) -> ParameterOptimizer:
+        """The optimizer of one tensor, with the hyper-parameters of its group."""
         if tensor not in self._items:
-            generator = self.generator(tensor.device)
+            optim = replace(
+                self._optim,
+                betas=list(group.get("betas", self._optim.betas)),
+                eps=group.get("eps", self._optim.eps),
+            )
             self._items[tensor] = ParameterOptimizer(
-                tensor, self._optim, weight_decay=weight_decay, generator=generator
+                tensor, optim, weight_decay=group["weight_decay"], generator=self.generator(tensor.device)
             )
         return self._items[tensor]
 
@@ -285,4 +289,4 @@ class RoundingAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             for tensor in group["params"]:
                 if tensor.grad is not None:
-                    self.item(tensor, group["weight_decay"]).step(group["lr"])
+                    self.item(tensor, group).step(group["lr"])

@@ -4,8 +4,8 @@ One object does it for one process and for many: with a world of one every excha
 process group nor torch.distributed is needed. All methods but the properties are collectives: every rank calls them,
 in the same order.
 
-Errors are exchanged too. `gather`, `agree` and `on_main` raise on every rank if one failed: the rank itself raises its own
-error, the others `PeerFailed`, which carries the message and need not be shown again.
+Errors are exchanged too. `gather`, `agree` and `on_main` raise on every rank if one failed: the rank itself raises its
+own error, the others `PeerFailed`, which carries the message and need not be shown again.
 """
 
 from __future__ import annotations

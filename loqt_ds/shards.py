@@ -269,6 +269,12 @@ class ShardedState:
             state = {} if step is None else new_state(shard.optimizer, first, second, step, shape=shard.values.shape)
             restore_state(shard.optimizer, shard.slot, state)
 
+    @torch.no_grad()
+    def start_anew(self) -> None:
+        """Makes masters those of the parameters, and optimizer states those of new ones."""
+        for shard in self.shards:
+            self._restore_shard(shard, {})
+
     def _restore_shard(self, shard: Shard, tensors: Mapping[str, Tensor]) -> None:
         prefix = f"{shard.key}/"
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -16,6 +16,7 @@ import os
 import socket
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -27,7 +28,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
-from loqt_ds.checkpoint import Checkpoint
+from loqt_ds.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from loqt_ds.config import Config
 from loqt_ds.engines.base import StepReport
 from loqt_ds.engines.ds_config import world_size
@@ -35,11 +36,11 @@ from loqt_ds.engines.state import (
     ShardedFactors,
     check_replicas,
     load_model,
-    model_tensors,
     own_part,
     random_tensors,
     restore_random,
 )
+from loqt_ds.export import ExportReport, export_model
 from loqt_ds.method.controller import Controller
 from loqt_ds.method.conversion import loqt_layers
 from loqt_ds.optim import LearningRates, RoundingAdam, build_optimizer, parameter_groups
@@ -188,7 +189,7 @@ class LoQTEngine(DeepSpeedEngine):
         values, optimizer = self.optimizer.single_partition_of_fp32_groups[number], self.optimizer.optimizer
         slot = values
         if isinstance(optimizer, RoundingAdam):
-            item = optimizer.item(values, optimizer.param_groups[number]["weight_decay"])
+            item = optimizer.item(values, optimizer.param_groups[number])
             slot, optimizer = item.master, item.optimizer
         return Shard(f"rank{self.ranks.rank}.group{number}", tuple(fragments), values, slot, optimizer, True)
 
@@ -266,7 +267,7 @@ class LoQTEngine(DeepSpeedEngine):
         if isinstance(self.basic_optimizer, RoundingAdam):
             random[f"rounding_{self.device.type}"] = self.basic_optimizer.generator(self.device).get_state()
         return {
-            "model": own_part(model_tensors(self.module), self.ranks),
+            "model": own_part(self.module, self.ranks),
             "optimizer": self._state.saved(),
             "random": random,
         }
@@ -313,3 +314,98 @@ class LoQTEngine(DeepSpeedEngine):
     def release(self) -> None:
         self.destroy()
         del self._state, self.controller.store, self.optimizer
+
+    # ---------------------------------------------------------------- what DeepSpeed's users call
+
+    def save_checkpoint(  # type: ignore[override]
+        self,
+        save_dir: str | Path,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Saves SAVE_DIR/TAG (step_N without a tag), whole or not at all; any number of ranks can go on from it.
+
+        `client_state` is JSON. Raises ValueError for options that the format does not have.
+        """
+        if not save_latest or exclude_frozen_parameters:
+            option = "exclude_frozen_parameters=True" if exclude_frozen_parameters else "save_latest=False"
+            raise ValueError(f"save_checkpoint: {option}: a checkpoint is whole, and `latest` names the newest")
+        metadata = {
+            "config": self._loqt_config.to_dict(),
+            "engine_state": self.saved_state(),
+            "client_state": client_state or {},
+        }
+        if (model_config := self._model_config()) is not None:
+            metadata["model_config"] = model_config.to_dict()
+        tensors = self.saved_tensors()
+        save_checkpoint(
+            Path(save_dir), self.global_steps, tensors=tensors, metadata=metadata, keep=0, ranks=self.ranks, name=tag
+        )
+        return True
+
+    def load_checkpoint(  # type: ignore[override]
+        self,
+        load_dir: str | Path,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Any = None,
+    ) -> tuple[str | None, dict[str, Any]]:
+        """Goes on from LOAD_DIR/TAG, or from the newest undamaged checkpoint in LOAD_DIR.
+
+        Returns (its path, client state); (None, {}) where there is none. With `load_module_only`, or without optimizer
+        states, the weights are loaded and training starts anew from them; layers that have a P keep it.
+        Raises CheckpointError for a damaged or unfit checkpoint, ValueError for options that it does not have.
+        """
+        if not load_module_strict or custom_load_fn is not None or not load_lr_scheduler_states:
+            raise ValueError(
+                "load_checkpoint: load_module_strict=False, load_lr_scheduler_states=False and custom_load_fn are not "
+                "supported: a checkpoint is loaded whole, or its weights alone (load_module_only=True)"
+            )
+        root = Path(load_dir)
+
+        def find() -> str | None:
+            wanted = "auto" if tag is None else str(root / tag)
+            found = find_checkpoint(root, wanted, option="tag")
+            return None if found is None else str(found)
+
+        path = self.ranks.on_main(find)
+        if path is None:
+            return None, {}
+        checkpoint = self.ranks.attempt(lambda: load_checkpoint(Path(path), verify=False))
+        if load_module_only or not load_optimizer_states:
+            load_model(self.module, checkpoint)
+            self._state.start_anew()
+            self.controller.load_state_dict(checkpoint.metadata["engine_state"]["controller"])
+        else:
+            self.restore(checkpoint)
+        return path, checkpoint.metadata.get("client_state", {})
+
+    def export(
+        self, output_dir: str | Path, format: str = "nf4", *, tokenizer_dir: str | Path | None = None
+    ) -> ExportReport:
+        """Writes the merged model for others to load: "nf4" or "bf16" (a model that is not of transformers: bf16).
+
+        Collective: rank 0 writes and verifies, all return its report. Raises ExportError if it was refused or failed.
+        """
+        masters = self.masters()
+        return self.ranks.on_main(
+            lambda: export_model(
+                self.module,
+                model_config=self._model_config(),
+                tokenizer_dir=None if tokenizer_dir is None else Path(tokenizer_dir),
+                output_dir=Path(output_dir),
+                format=format,
+                masters=masters,
+            )
+        )
+
+    def _model_config(self) -> Any:
+        """The transformers configuration of the model, None for other models."""
+        from transformers import PreTrainedModel
+
+        return self.module.config if isinstance(self.module, PreTrainedModel) else None

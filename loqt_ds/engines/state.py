@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from loqt_ds.checkpoint import Checkpoint, CheckpointError
 from loqt_ds.core.subspace import layer_seed
 from loqt_ds.engines.base import ReplicaMismatch
+from loqt_ds.method.conversion import loqt_layers
 from loqt_ds.ranks import Ranks
 from loqt_ds.shards import ShardedState
 
@@ -49,8 +50,29 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()} | buffers
 
 
-def own_part(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """Those of the tensors, the same on all ranks, that this rank saves: about as many bytes as each of the others."""
+def replicated_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What every rank must hold alike: parameters, and W and P. (Other buffers, say running means, may differ.)"""
+    frozen = {
+        f"{name}.{key}" for name, layer in loqt_layers(model).items() for key, _ in layer.named_buffers(recurse=False)
+    }
+    parameters = {name for name, _ in model.named_parameters()}
+    return {name: tensor for name, tensor in model_tensors(model).items() if name in frozen or name in parameters}
+
+
+def own_part(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
+    """The tensors of a model that this rank saves: about as many bytes as each of the others. What is not the same on
+    all ranks is saved as rank 0 has it."""
+    replicated = replicated_tensors(model)
+    mine = _share(replicated, ranks)
+    return {
+        name: tensor
+        for name, tensor in model_tensors(model).items()
+        if name in mine or (ranks.is_main and name not in replicated)
+    }
+
+
+def _share(tensors: dict[str, Tensor], ranks: Ranks) -> set[str]:
+    """Names of this rank's share, by bytes."""
     load = [0] * ranks.world_size
     mine = set()
     for name in sorted(tensors, key=lambda name: (-tensors[name].nbytes, name)):
@@ -58,7 +80,7 @@ def own_part(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
         load[rank] += tensors[name].nbytes
         if rank == ranks.rank:
             mine.add(name)
-    return {name: tensor for name, tensor in tensors.items() if name in mine}
+    return mine
 
 
 @torch.no_grad()
@@ -108,7 +130,7 @@ def check_replicas(model: nn.Module, ranks: Ranks) -> None:
     """Raises ReplicaMismatch on all ranks, naming what differs, unless all hold the same model bit for bit."""
     if ranks.world_size == 1:
         return
-    tensors = model_tensors(model)
+    tensors = replicated_tensors(model)
     found = ranks.all_gather(torch.stack([digest(tensor) for tensor in tensors.values()]))  # (ranks, tensors)
     differing = (found != found[0]).any(0).tolist()
     names = [name for name, differs in zip(tensors, differing, strict=True) if differs]

@@ -23,7 +23,7 @@ from loqt_ds.config import from_dict
 from loqt_ds.export import writer
 from loqt_ds.export.pack import EXPORT_DTYPE, WeightFormat, pack_layer, packed_num_bytes
 from loqt_ds.export.report import GIB, ExportError, ExportReport, LayerReport
-from loqt_ds.export.verify import Expected, verify_export
+from loqt_ds.export.verify import Expected, verify_export, verify_files
 from loqt_ds.method.conversion import build_meta, loqt_layers, output_head, tie_weights
 from loqt_ds.method.description import transformers_config
 from loqt_ds.method.linear import LoQTLinear
@@ -54,7 +54,8 @@ def export_model(
 
     Args:
         model: holds `LoQTLinear` layers; it is not changed.
-        model_config: its transformers configuration.
+        model_config: its transformers configuration; None for a model that is not of transformers, which is exported
+            as bf16 under the names of its own state_dict.
         tokenizer_dir: whose files travel along, or None.
         output_dir: must not exist, or be empty.
         format: "nf4": 4-bit in the type the weights were trained in (nf4 or fp4; int4 and unquantized ones become
@@ -69,6 +70,11 @@ def export_model(
     """
     output_dir = Path(output_dir)
     _check_options(format, double_quant, max_shard_size_gib)
+    if model_config is None and format != "bf16":
+        raise ExportError(
+            f"export.format={format}: only transformers loads 4-bit files, and this model is not one of its own; "
+            "use bf16"
+        )
     writer.refuse_existing(output_dir)
     expected, notes = _expected(model, model_config, format, double_quant, masters or {})
     reports: list[LayerReport] = []
@@ -78,8 +84,9 @@ def export_model(
             num_bytes = sum(unit.num_bytes for unit in units)
             check_free_space(temporary, num_bytes, what="the export", remedy="or give another --output")
             written = writer.write_weights(temporary, units, int(max_shard_size_gib * GIB))
-            config_json = writer.model_config_json(model, expected.layers, model_config, expected.weight_format)
-            writer.write_configuration(temporary, config_json, model_config)
+            if model_config is not None:
+                config_json = writer.model_config_json(model, expected.layers, model_config, expected.weight_format)
+                writer.write_configuration(temporary, config_json, model_config)
             if tokenizer_dir is not None:
                 writer.copy_tokenizer(Path(tokenizer_dir), temporary)
             report = ExportReport(
@@ -92,7 +99,9 @@ def export_model(
                 versions=_versions(),
                 source=source,
             )
-            if verify:
+            if verify and model_config is None:
+                verify_files(temporary, written)
+            elif verify:
                 report.verification = verify_export(temporary, written, expected)
                 report.notes += _patched_note(report.verification.patched_layers)
             write_json(temporary / writer.REPORT_FILE, report.to_dict())

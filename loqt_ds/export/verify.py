@@ -66,6 +66,14 @@ class _ReferenceLinear(nn.Module):
         return nn.functional.linear(x, self.make_weight().to(x.dtype), self.bias)
 
 
+def verify_files(directory: Path, written: WrittenWeights) -> None:
+    """Reads the files back; raises ExportError, naming the file, if one is not what was handed over."""
+    for name, entry in written.files.items():
+        with open(directory / name, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                raise ExportError(f"{name} reads back differently than it was written; check the disk of {directory}")
+
+
 @torch.no_grad()
 def verify_export(directory: Path, written: WrittenWeights, expected: Expected) -> Verification:
     """Reload on the device of the trained model, and compare.
@@ -73,10 +81,7 @@ def verify_export(directory: Path, written: WrittenWeights, expected: Expected) 
     Raises:
         ExportError: anything differs; the message names it.
     """
-    for name, entry in written.files.items():
-        with open(directory / name, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                raise ExportError(f"{name} reads back differently than it was written; check the disk of {directory}")
+    verify_files(directory, written)
     device = str(next(iter(expected.layers.values())).B.device)
     reloaded = _reload(directory, device)
     stored = _StoredTensors(directory, written.weight_map)

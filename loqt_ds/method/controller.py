@@ -491,7 +491,12 @@ class Controller:
             # The first time, B has only seen a step without P: its state is that of a new parameter.
             self.store.reset_moments(name)
         self.store.write(name, values[0])
-        self._initialized.add(name)
+        self._mark_initialized(name)
+
+    def _mark_initialized(self, *names: str) -> None:
+        self._initialized.update(names)
+        if len(self._initialized) == len(self.layers):
+            self._original = None  # nothing will be asked for any more
 
     @torch.no_grad()
     def end_step(self, applied: bool) -> ReinitReport | None:
@@ -531,5 +536,6 @@ class Controller:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict`."""
-        self._initialized = set(state["initialized"])
+        self._initialized = set()
+        self._mark_initialized(*state["initialized"])
         self._overdue = bool(state["overdue"])
