@@ -1,4 +1,4 @@
-"""What a run will need on one device, counted before anything is allocated.
+"""What a run will need on one device, or on each of several ranks, counted before anything is allocated.
 
 The model is built on the meta device and converted as it will be for training, so that everything that stays is counted
 exactly: packed W and P by `packed_layout`, trained parameters, masters, and moments tensor by tensor (bitsandbytes
@@ -23,15 +23,21 @@ log-softmax, its gradient and that of the logits in float32, 12 bytes a token an
 Re-initialization (ARCHITECTURE.md): while the micro-batches of a step run, a gradient (exact, gram) or a sketch for
 each layer, 4 or e bytes an entry; with one micro-batch a step only one layer's at a time. Then one layer's float32
 workspace. The total is the largest of the phases of a step, on top of what stays.
+
+Under ZeRO (stage 1 and 2) masters and moments are divided by the number of ranks, at stage 2 gradients too; there is a
+master also of float32 parameters. Reduction buckets, and during the update the gradient of a partition in float32, are
+on top (DEEPSPEED.md of the design).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +45,7 @@ from torch import nn
 
 from loqt_ds.config import Config, load_config
 from loqt_ds.core.quantization import packed_layout
-from loqt_ds.method.controller import NUM_PROBES, subspace_method
+from loqt_ds.method.controller import NUM_PROBES, sketch_columns, subspace_method
 from loqt_ds.method.conversion import build_meta, loqt_layers, output_head
 from loqt_ds.method.description import model_description, training_dtype
 from loqt_ds.method.linear import LoQTLinear
@@ -57,6 +63,7 @@ LABELS = {
     "moments": "Adam's moments",
     "buffers": "other buffers",
     "gradients": "gradients",
+    "buckets": "buckets of gradients to be reduced",
     "activations": "activations",
     "tapped_inputs": "inputs kept for a re-initialization",
     "logits": "logits and loss",
@@ -66,6 +73,28 @@ LABELS = {
     "reinit_workspace": "one layer in fp32",
 }
 PERSISTENT = ("weights_w", "projections_p", "factors_b", "full_rank_parameters", "masters", "moments", "buffers")
+
+
+@dataclass(frozen=True)
+class Zero:
+    """How DeepSpeed divides the trained state. bucket_elements: of all reduction buckets together."""
+
+    stage: int
+    world_size: int
+    bucket_elements: int
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts masters and moments are divided."""
+        return self.world_size if self.stage else 1
+
+
+def zero_of(ds_config: dict[str, Any], world_size: int) -> Zero:
+    """What a DeepSpeed configuration says of it."""
+    zero = ds_config.get("zero_optimization", {})
+    bucket = int(zero.get("reduce_bucket_size", 5e8)) * (2 if zero.get("overlap_comm") else 1)
+    stage = int(zero.get("stage", 0))
+    return Zero(stage, world_size, bucket if stage else 0)
 
 
 @dataclass
@@ -158,16 +187,11 @@ def _packed_bytes(layers: Sequence[LoQTLinear]) -> tuple[int, int]:
     return weights, projections
 
 
-def sketch_columns(layer: LoQTLinear, oversampling: int) -> int:
-    """Columns of a sketch, and its probes."""
-    return min(layer.factor_length, layer.rank + oversampling) + NUM_PROBES
-
-
 def gathered_bytes(layer: LoQTLinear, config: Config) -> int:
     """One layer's gradient in float32; or its sketch with the columns it is taken with, in the activations' dtype."""
     k, length = layer.basis_shape[0], layer.factor_length
     if subspace_method(layer, config.loqt.subspace) == "sketch":
-        columns = sketch_columns(layer, config.loqt.sketch_oversampling)
+        columns = sketch_columns(layer, config.loqt.sketch_oversampling) + NUM_PROBES
         return training_dtype(config).itemsize * (k + length) * columns
     return 4 * k * length
 
@@ -184,7 +208,7 @@ def reinit_workspace_bytes(layer: LoQTLinear, config: Config) -> int:
     compensate += sum(packed_layout(layer.weight_shape, layer.spec_w).values())
     method = subspace_method(layer, config.loqt.subspace)
     if method == "sketch":
-        columns = sketch_columns(layer, config.loqt.sketch_oversampling)
+        columns = sketch_columns(layer, config.loqt.sketch_oversampling) + NUM_PROBES
         decompose = 4 * (2 * k * columns + 2 * columns**2 + 2 * length * columns)
     elif method == "gram":
         decompose = 8 * 3 * k * k + 4 * k * rank
@@ -260,8 +284,23 @@ def _update_bytes(parameters: Sequence[nn.Parameter], config: Config) -> int:
     return 20 * largest  # the value and its gradient in float32, and the noise, sum and result of rounding
 
 
-def plan(config: Config, *, vocab_size: int | None = None) -> MemoryPlan:
-    """The memory a run of `config` needs on one device; nothing of the model is allocated.
+def _zero_entries(entries: dict[str, int], config: Config, parameters: list[nn.Parameter], zero: Zero) -> None:
+    """Changes the entries to what DeepSpeed keeps on each rank."""
+    num = sum(parameter.numel() for parameter in parameters)
+    itemsize = parameters[0].dtype.itemsize
+    if zero.stage:
+        entries["masters"] = num * (2 if config.optim.master == "bf16" else 4) // zero.parts
+        entries["moments"] = moment_bytes(num, optimizer=config.optim.name) // zero.parts
+        # Of one partition: its gradient in float32, and Adam's denominator; bf16 masters are rounded besides.
+        entries["update_workspace"] = num * (20 if config.optim.master == "bf16" else 8) // zero.parts
+    if zero.stage == 2:
+        entries["gradients"] //= zero.parts
+    entries["buckets"] = itemsize * min(zero.bucket_elements, 2 * num)
+
+
+def plan(config: Config, *, vocab_size: int | None = None, zero: Zero | None = None) -> MemoryPlan:
+    """The memory a run of `config` needs on one device, or under DeepSpeed on each rank; nothing of the model is
+    allocated.
 
     `vocab_size` is the number of rows of embedding and head, where it is known from the tokenizer. Raises ValueError as
     the run itself would, for a rank or a pattern that does not fit the model.
@@ -276,7 +315,9 @@ def plan(config: Config, *, vocab_size: int | None = None) -> MemoryPlan:
     weights_w, projections_p = _packed_bytes(layers)
     factors_b = sum(sizes[name] for name, parameter in trained.items() if id(parameter) in factors)
     packed = {id(buffer) for layer in layers for buffer in layer.buffers()}
-    one_at_a_time = config.train.gradient_accumulation_steps == 1  # layers are finished inside their own backward
+    ranks = 1 if zero is None else zero.world_size
+    # One process finishes layers inside their own backward.
+    one_at_a_time = config.train.gradient_accumulation_steps == 1 and ranks == 1
     gathered = [gathered_bytes(layer, config) for layer in layers]
     masters = dtype != torch.float32 and config.optim.master == "fp32"
     activations, tapped = activation_bytes(config, model, description, dtype)
@@ -296,7 +337,10 @@ def plan(config: Config, *, vocab_size: int | None = None) -> MemoryPlan:
         "update_workspace": _update_bytes(list(trained.values()), config),
         "reinit_gathered": max(gathered) if one_at_a_time else sum(gathered),
         "reinit_workspace": max(reinit_workspace_bytes(layer, config) for layer in layers),
+        "buckets": 0,
     }
+    if zero is not None:
+        _zero_entries(entries, config, list(trained.values()), zero)
     return MemoryPlan(
         name=config.name,
         dtype=str(dtype).removeprefix("torch."),
@@ -312,7 +356,7 @@ def _phases(config: Config, *, one_at_a_time: bool) -> dict[str, tuple[str, ...]
     """What is alive together. The logits are gone when the layers' backward begins; the activations shrink as it
     goes."""
     gradients = () if config.optim.layerwise else ("gradients",)  # of an earlier micro-batch
-    backward = ("activations", "gradients", "dequantized")
+    backward = ("activations", "gradients", "buckets", "dequantized")
     tapped = ("tapped_inputs", "reinit_gathered")
     phases = {
         "the start of backward": ("activations", "logits", *gradients),
@@ -334,10 +378,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="a recipe's name in configs/recipes, or a YAML file")
     parser.add_argument("--vocab-size", type=int, help="rows of embedding and head, where model.vocab_size is auto")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="options to change")
+    parser.add_argument("--ds_config", type=Path, help="a DeepSpeed configuration: count what each rank needs")
+    parser.add_argument("--ranks", type=int, default=1, help="processes under DeepSpeed (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
-        result = plan(load_config(options.config, options.overrides), vocab_size=options.vocab_size)
-    except ValueError as error:
+        zero = None
+        if options.ds_config is not None:
+            zero = zero_of(json.loads(options.ds_config.read_text(encoding="utf-8")), options.ranks)
+        elif options.ranks != 1:
+            raise ValueError(f"--ranks={options.ranks} needs --ds_config, such as configs/zero2.json")
+        config = load_config(options.config, options.overrides)
+        result = plan(config, vocab_size=options.vocab_size, zero=zero)
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print("\n".join(result.lines()))

@@ -28,7 +28,7 @@ from loqt_ds.data import DataBundle, Tokenizer, build_data, load_or_train_tokeni
 from loqt_ds.engines.base import Engine
 from loqt_ds.engines.single import SingleEngine
 from loqt_ds.failures import Voice
-from loqt_ds.memory import plan
+from loqt_ds.memory import plan, zero_of
 from loqt_ds.method.conversion import (
     WeightSource,
     build_empty,
@@ -119,9 +119,9 @@ def prepare(
         write_options(config, directory, ds_options)
         tokenizer.save(directory / "tokenizer", say=say)
     say(f"run directory: {directory}")
-    say_plan(config, model_config, device, say)
+    say_plan(config, model_config, device, ds_options, ranks.world_size, say)
     torch.manual_seed(config.train.seed)
-    model, original = load_model(config, model_config, device, resumed=checkpoint is not None, say=say)
+    model, original = load_model(config, model_config, device, ranks, resumed=checkpoint is not None, say=say)
     engine = build_engine(config, model, ds_options, original, ranks)
     if not ranks.is_main:
         torch.manual_seed(config.train.seed + ranks.rank)  # what a model drops out is another thing on each rank
@@ -313,10 +313,19 @@ def configure_model(config: Config, tokenizer: Tokenizer) -> Any:
 # ---------------------------------------------------------------- model and engine
 
 
-def say_plan(config: Config, model_config: Any, device: torch.device, say: Say) -> None:
-    """One line on the memory the run will need, and a warning if the device has less."""
-    planned = plan(config, vocab_size=int(model_config.vocab_size))
-    say(f"planned memory: {planned.total_gib:.2f} GiB (`python -m loqt_ds.memory --config` says what for)")
+def say_plan(
+    config: Config,
+    model_config: Any,
+    device: torch.device,
+    ds_options: dict[str, Any] | None,
+    world_size: int,
+    say: Say,
+) -> None:
+    """One line on the memory that each rank will need, and a warning if the device has less."""
+    zero = None if ds_options is None else zero_of(ds_options, world_size)
+    planned = plan(config, vocab_size=int(model_config.vocab_size), zero=zero)
+    each = f" on each of {world_size} ranks" if world_size > 1 else ""
+    say(f"planned memory{each}: {planned.total_gib:.2f} GiB (`python -m loqt_ds.memory --config` says what for)")
     if device.type == "cuda":
         available = torch.cuda.get_device_properties(device).total_memory / 2**30
         if planned.total_gib > available:
@@ -324,9 +333,10 @@ def say_plan(config: Config, model_config: Any, device: torch.device, say: Say) 
 
 
 def load_model(
-    config: Config, model_config: Any, device: torch.device, *, resumed: bool, say: Say
+    config: Config, model_config: Any, device: torch.device, ranks: Ranks, *, resumed: bool, say: Say
 ) -> tuple[nn.Module, Callable[[str], Tensor]]:
-    """The converted model on its device, and where the original weights can be had for the first initialization."""
+    """The converted model on its device, and where the original weights can be had for the first initialization.
+    Collective."""
     make_source = initializer(config.train.seed) if config.model.path is None else checkpoint_files(config.model.path)
     dtype, attention = training_dtype(config), config.model.attention
     if resumed:
@@ -335,7 +345,13 @@ def load_model(
     else:
         say("drawing weights" if config.model.path is None else f"reading weights from {config.model.path}")
         model, source = build_model(
-            model_config, config.loqt, make_source, device=device, dtype=dtype, attention=attention
+            model_config,
+            config.loqt,
+            make_source,
+            device=device,
+            dtype=dtype,
+            attention=attention,
+            ranks=ranks,
         )
         original = _LazySource(lambda: source)
     if config.train.activation_checkpointing:

@@ -58,6 +58,11 @@ FIRST_POWER_ITERATIONS = 2
 AUTO_GRAM_LIMIT = 512  # loqt.subspace=auto: Gram up to this smaller side, the sketch above
 
 
+def sketch_columns(layer: LoQTLinear, oversampling: int) -> int:
+    """Columns of Ω, whatever it is made from: A has no more rank than its smaller side."""
+    return min(*layer.weight_shape, layer.rank + oversampling)
+
+
 def subspace_method(layer: LoQTLinear, subspace: str) -> str:
     """How the P of a layer is found: `loqt.subspace`, with auto decided by the layer's smaller side."""
     if subspace != "auto":
@@ -276,14 +281,11 @@ class Controller:
 
         return tap
 
-    def _num_columns(self, layer: LoQTLinear) -> int:
-        """Columns of Ω, whatever it is made from: A has no more rank than its smaller side."""
-        return min(*layer.weight_shape, layer.rank + self.options.sketch_oversampling)
-
     def _nothing(self, layer: LoQTLinear, columns: Tensor | None) -> _Gathered:
         """An empty sum for a layer; the same shape and dtype on every rank, also where no gradient arrives."""
         sketched = self.method(layer) == "sketch"
-        width = self._num_columns(layer) + NUM_PROBES if sketched else layer.factor_length
+        columns_of_omega = sketch_columns(layer, self.options.sketch_oversampling)
+        width = columns_of_omega + NUM_PROBES if sketched else layer.factor_length
         # Sums of sketches lose nothing measurable in bf16; a dense gradient is wanted exactly.
         dtype = torch.bfloat16 if sketched and layer.B.dtype == torch.bfloat16 else torch.float32
         return _Gathered(torch.zeros(layer.basis_shape[0], width, device=layer.B.device, dtype=dtype), columns)
@@ -299,7 +301,8 @@ class Controller:
         known = name in self._initialized and self.store.has_moments(name)
         if known:
             moment = self.store.moment(name, 0, owner)
-        omega = torch.empty(layer.factor_length, self._num_columns(layer), dtype=outer.dtype, device=device)
+        num_columns = sketch_columns(layer, self.options.sketch_oversampling)
+        omega = torch.empty(layer.factor_length, num_columns, dtype=outer.dtype, device=device)
         if owner == self.ranks.rank:
             made = test_matrix(
                 length=layer.factor_length,
@@ -311,7 +314,7 @@ class Controller:
             if not known:
                 # Nothing to start from: iterate on this micro-batch's gradient, which need not be formed for it.
                 made = power_iterate(made, inner, outer, iterations=FIRST_POWER_ITERATIONS)
-            omega.copy_(made[:, : omega.shape[1]])
+            omega.copy_(made[:, :num_columns])
         # Not made by each rank: the gradient of a micro-batch is its rank's own, and a QR differs between machines.
         self.ranks.broadcast(omega, owner)
         probes = probe_matrix(

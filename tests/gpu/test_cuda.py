@@ -107,7 +107,7 @@ def test_a_bf16_run_learns_and_exports(tmp_path: Path, extra: tuple[str, ...]) -
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("ds_config", ["zero2.json"])
+@pytest.mark.parametrize("ds_config", ["zero1.json", "zero2.json", "zero2_overlap.json"])
 def test_a_deepspeed_run_learns_and_exports(tmp_path: Path, repository: Path, ds_config: str) -> None:
     arguments = ["--ds_config", str(repository / "configs" / ds_config)]
     arguments += _arguments(tmp_path, "run", "train.dtype=bf16", "optim.name=adamw8bit")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from loqt_ds.config import Config, load_config
-from loqt_ds.memory import GIB, main, moment_bytes, plan, planned_model
+from loqt_ds.memory import GIB, Zero, main, moment_bytes, plan, planned_model, zero_of
 from loqt_ds.method.conversion import convert
 from loqt_ds.method.linear import LoQTLinear
 
@@ -180,9 +180,30 @@ def test_sketches_are_those_of_the_design(
     overrides = ["optim.layerwise=false", "train.gradient_accumulation_steps=2"]
     columns = 1024 + 32 + 8
     sketches = 2 * columns * 7 * hidden * num_layers
-    lengths = 2 * columns * (4 * hidden + 3 * intermediate) * num_layers
+    lengths = 2 * columns * (4 * hidden + 3 * intermediate) * num_layers  # of the test matrices
     assert sketches / GIB == pytest.approx(gib, rel=0.05)
     assert plan(load_config(name, overrides)).entries["reinit_gathered"] == sketches + lengths
+
+
+@pytest.mark.parametrize(
+    ("dtype", "master", "per_master"), [("fp32", "fp32", 4), ("bf16", "fp32", 4), ("bf16", "bf16", 2)]
+)
+def test_ranks_divide_what_zero_divides(shape: str, dtype: str, master: str, per_master: int) -> None:
+    """DEEPSPEED.md's table: weights whole, masters and moments over N, gradients over N at stage 2 only."""
+    config = configured(shape, f"train.dtype={dtype}", f"optim.master={master}", "optim.name=adamw")
+    alone = plan(config)
+    for stage in (1, 2):
+        for ranks in (1, 4):
+            entries = plan(config, zero=Zero(stage, ranks, 1000)).entries
+            assert entries["masters"] == per_master * alone.num_trained // ranks
+            assert entries["moments"] == 8 * alone.num_trained // ranks
+            assert entries["gradients"] == alone.entries["gradients"] // (ranks if stage == 2 else 1)
+            assert entries["buckets"] == 1000 * (4 if dtype == "fp32" else 2)
+            for name in ("weights_w", "projections_p", "factors_b", "full_rank_parameters", "activations", "logits"):
+                assert entries[name] == alone.entries[name], name
+    assert plan(config, zero=Zero(0, 4, 0)).entries["moments"] == alone.entries["moments"]
+    file = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 500, "overlap_comm": True}}
+    assert zero_of(file, 4) == Zero(2, 4, 1000)
 
 
 def test_total_is_the_largest_phase(shape: str) -> None:
@@ -220,5 +241,10 @@ def test_command_line(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "total" in capsys.readouterr().out
     assert main(["--config", "default", "loqt.rank=512"]) == 2
     assert "loqt.rank=512" in capsys.readouterr().err
+    ranks = ["--ds_config", str(Path(__file__).parents[2] / "configs/zero2.json"), "--ranks", "2"]
+    assert main(["--config", "default", f"model.shape={shape}", "loqt.rank=8", "data.sequence_length=32", *ranks]) == 0
+    assert "buckets" in capsys.readouterr().out
+    assert main(["--config", "default", "--ranks", "2"]) == 2
+    assert "--ds_config" in capsys.readouterr().err
     assert main(["--config", "defalt"]) == 2
     assert "default" in capsys.readouterr().err
