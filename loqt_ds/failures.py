@@ -23,7 +23,6 @@ import traceback
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -37,10 +36,11 @@ FAILED = 1
 _POLL_SECONDS = 0.5
 _MAIN_FIRST_SECONDS = 0.5  # an error that all ranks have is rank 0's to tell
 _REPORT_SECONDS = 1.0  # to wait for the report of a rank whose connection broke
-_ROLL_CALL_SECONDS = 4.0  # to wait for the answers of the others
+_ROLL_CALL_SECONDS = 3.0  # to wait for the answers of the others
 _LINGER_SECONDS = 10.0  # of rank 0, which hosts the store, for the others to read it
 _END_SECONDS = 5.0  # for the main thread to end by itself once there is a report
-_STORE_SECONDS = 30.0  # of an operation of the store
+_STORE_SECONDS = 10.0  # for the store to answer a rank that has failed
+_GONE = "was killed (by the system, for want of memory?), crashed, or its node is gone"
 
 
 @dataclass
@@ -73,10 +73,10 @@ class Voice:
             from torch.distributed.distributed_c10d import _get_default_store
 
             store: Any = _get_default_store()
-            self._store: Any = store.clone()  # a connection of its own: others may block theirs
-            self._store.set_timeout(timedelta(seconds=_STORE_SECONDS))
+            # Connections of their own: an operation that waits blocks the others of its connection.
+            self._store: Any = store.clone()
             self._token = ranks.on_main(lambda: uuid.uuid4().hex)
-            threading.Thread(target=self._watch, name="failures", daemon=True).start()
+            threading.Thread(target=self._watch, args=(store.clone(),), name="failures", daemon=True).start()
 
     # ---------------------------------------------------------------- waiting without a limit
 
@@ -126,6 +126,7 @@ class Voice:
             self._print(text, with_traceback)
             return status
         self._failing.set()
+        self._store = _Patient(self._store)
         for signum in (signal.SIGTERM, signal.SIGINT):  # the launcher's, for this very failure
             signal.signal(signum, signal.SIG_IGN)
         if isinstance(error, Interrupted) and error.everywhere:
@@ -142,7 +143,7 @@ class Voice:
         except Exception as store_error:
             if not is_broken_connection(store_error):
                 raise
-            self._host_is_gone()
+            self._host_is_gone(silent=isinstance(store_error, _SilentStore))
         else:
             status = report.status if report is not None else status
         self._exit(status)
@@ -172,10 +173,10 @@ class Voice:
         here = self._roll()
         missing = [rank for rank in range(self.ranks.world_size) if rank not in here]
         busy = [rank for rank, state in here.items() if state == "busy"]
-        text = f"{self._what_was_lost(error, missing, busy)}. {self.advice()}".strip()
+        text = f"error: {self._what_was_lost(error, missing, busy)}. {self.advice()}".strip()
         report = Report(self.ranks.rank, FAILED, text, missing)
         if self._claim(report):
-            self._print(text, False)
+            self._print(text, False, of_all=True)
             return report
         return self._wait_for_report(_END_SECONDS)
 
@@ -184,16 +185,15 @@ class Voice:
         limit = f"within train.collective_timeout_seconds={self._timeout}"
         if missing:
             who = _names(missing)
-            gone = "was killed (by the system, for want of memory?), crashed, or its node is gone"
-            return f"{who} did not answer {limit}: it hangs, or {gone}" if timed_out else f"{who} vanished: it {gone}"
+            return f"{who} did not answer {limit}: it hangs, or {_GONE}" if timed_out else f"{who} vanished: it {_GONE}"
         if timed_out:
             who = _names(busy) if busy else "a rank"
             return f"{who} did not answer {limit}: it hangs, or needs more time (then raise the option)"
         first_line = str(error).strip().splitlines()[0]
         return f"the connection between the ranks broke ({first_line})"
 
-    def _host_is_gone(self) -> None:
-        """The store is gone, and with it rank 0 (or the launcher, where that one hosts it)."""
+    def _host_is_gone(self, *, silent: bool = False) -> None:
+        """The store is gone, and with it rank 0 (or the launcher, where that one hosts it); or it is silent."""
         with self._lock:
             directory = self.directory if self.directory is not None else Path(tempfile.gettempdir())
             file = directory / f".last-word-{self._token}"
@@ -201,12 +201,9 @@ class Voice:
                 os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             except OSError:  # another rank speaks
                 return
-            gone = "was killed (by the system, for want of memory?), crashed, or its node is gone"
-            if "TORCHELASTIC_USE_AGENT_STORE" in os.environ:
-                text = f"the launcher, or its node, is gone. {self.advice()}"
-            else:
-                text = f"rank 0 vanished: it {gone}. {self.advice()}"
-            self._print(text.strip(), False)
+            who = "the launcher" if "TORCHELASTIC_USE_AGENT_STORE" in os.environ else "rank 0"
+            how = f"does not answer: it hangs, or {_GONE}" if silent else f"vanished: it {_GONE}"
+            self._print(f"error: {who} {how}. {self.advice()}".strip(), False, of_all=True)
             time.sleep(_END_SECONDS)  # until the other ranks have tried to create the file
             with contextlib.suppress(OSError):
                 file.unlink()
@@ -222,12 +219,11 @@ class Voice:
                 return
             time.sleep(0.05)
 
-    def _print(self, text: str, with_traceback: bool) -> None:
+    def _print(self, text: str, with_traceback: bool, *, of_all: bool = False) -> None:
         if with_traceback:
             traceback.print_exc()
-        prefix, found, rest = text.partition("error: ")
-        if self.ranks.world_size > 1 and found and not prefix:
-            text = f"error (rank {self.ranks.rank}): {rest}"
+        if self.ranks.world_size > 1 and text.startswith("error: ") and not of_all:
+            text = f"error (rank {self.ranks.rank}): {text.removeprefix('error: ')}"
         print(text, file=sys.stderr, flush=True)
 
     def _exit(self, status: int) -> NoReturn:
@@ -247,9 +243,7 @@ class Voice:
         return True
 
     def _report(self) -> Report | None:
-        if not self._store.check([_key("report")]):
-            return None
-        return Report(**json.loads(self._store.get(_key("report"))))
+        return _read_report(self._store)
 
     def _wait_for_report(self, seconds: float) -> Report | None:
         deadline = time.monotonic() + seconds
@@ -265,25 +259,75 @@ class Voice:
                 found[rank] = self._store.get(_key(f"here/{rank}")).decode()
         return found
 
-    def _watch(self) -> None:
+    def _watch(self, store: Any) -> None:
         """The thread: answers the roll call, and ends the process when the run has failed and its main thread does not
-        notice."""
+        notice. A store that is silent but not gone is waited for: its node may only be slow."""
         answered = False
         try:
             while not self._closed.wait(_POLL_SECONDS) and not self._failing.is_set():
-                if (report := self._report()) is not None:
-                    self._store.set(_key(f"heard/{self.ranks.rank}"), "1")
+                if (report := _read_report(store)) is not None:
+                    store.set(_key(f"heard/{self.ranks.rank}"), "1")
                     if not self._failing.wait(_END_SECONDS) and not self._closed.is_set():
                         self._exit(report.status)
                     return
-                if not answered and self._store.check([_key("lost")]):
+                if not answered and store.check([_key("lost")]):
                     answered = True
                     if not self._failing.is_set():
-                        self._store.set(_key(f"here/{self.ranks.rank}"), "busy")
+                        store.set(_key(f"here/{self.ranks.rank}"), "busy")
         except Exception:  # the store is gone
             if not self._failing.wait(_END_SECONDS) and not self._closed.is_set():
                 self._host_is_gone()
                 self._exit(FAILED)
+
+
+class _SilentStore(RuntimeError):
+    """The store did not answer in time."""
+
+
+class _Patient:
+    """A store whose operations end after _STORE_SECONDS: its own wait as long as its host is stopped."""
+
+    def __init__(self, store: Any) -> None:
+        self._store, self._is_silent = store, False
+
+    def add(self, key: str, amount: int) -> int:
+        return self._do(lambda: self._store.add(key, amount))
+
+    def set(self, key: str, value: str) -> None:
+        self._do(lambda: self._store.set(key, value))
+
+    def get(self, key: str) -> bytes:
+        return self._do(lambda: self._store.get(key))
+
+    def check(self, keys: list[str]) -> bool:
+        return self._do(lambda: self._store.check(keys))
+
+    def _do(self, action: Callable[[], T]) -> T:
+        result: list[T] = []
+        failure: list[Exception] = []
+
+        def work() -> None:
+            try:
+                result.append(action())
+            except Exception as error:
+                failure.append(error)
+
+        if not self._is_silent:
+            thread = threading.Thread(target=work, daemon=True)
+            thread.start()
+            thread.join(_STORE_SECONDS)
+        if failure:
+            raise failure[0]
+        if not result:
+            self._is_silent = True
+            raise _SilentStore("the store does not answer")
+        return result[0]
+
+
+def _read_report(store: Any) -> Report | None:
+    if not store.check([_key("report")]):
+        return None
+    return Report(**json.loads(store.get(_key("report"))))
 
 
 def is_broken_connection(error: BaseException) -> bool:
@@ -292,7 +336,7 @@ def is_broken_connection(error: BaseException) -> bool:
 
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, dist.DistError):
+        if isinstance(seen, dist.DistError | _SilentStore):
             return True
         # gloo's errors are plain RuntimeErrors
         if isinstance(seen, RuntimeError) and any(word in str(seen) for word in ("gloo/transport", "NCCL")):

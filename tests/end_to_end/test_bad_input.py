@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
-from workshop import SHAPE, ZERO2, Workshop, events, files_below, losses, main, write_corpus
+from workshop import SHAPE, Workshop, events, files_below, losses, main, write_corpus
 
 
 @pytest.fixture(autouse=True)
