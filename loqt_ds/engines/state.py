@@ -12,7 +12,8 @@ from loqt_ds.method.conversion import loqt_layers
 from loqt_ds.ranks import Ranks
 from loqt_ds.shards import ShardedState
 
-_HASH_CHUNK = 2**22  # 8-byte words hashed at a time
+_HASH_CHUNK = 2**20  # 8-byte words hashed at a time
+_HASH_FACTORS = (0x1E3779B97F4A7C15, 0x7F51AFD7ED558CCD, 0x44CEB9FE1A85EC53)  # odd, so that each product is one-to-one
 
 
 class ShardedFactors:
@@ -111,18 +112,23 @@ def load_model(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def digest(tensor: Tensor) -> Tensor:
-    """A 64-bit hash of a tensor's bytes, int64 (), on its device. A change of one bit always changes it.
+    """A 64-bit hash of a tensor's bytes, int64 (), on its device. A change within eight bytes always changes it, any
+    other change but for one in 2^64.
 
-    Σ wᵢ (2i + 1) mod 2^64 over the 8-byte words w, scrambled: an odd multiple of a power of two is never zero.
+    Σ h(wᵢ + i·c) mod 2^64 over the 8-byte words w; h is one-to-one and has the form of MurmurHash3's finalizer. (A sum
+    of multiples of the words alone would not see two signs that flip: 2^63 times two odd numbers is nothing.)
     """
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
     words = nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
     for start in range(0, words.numel(), _HASH_CHUNK):
         chunk = words[start : start + _HASH_CHUNK]
-        # Odd, and far apart, so that words that change places or cancel out in step are seen.
-        weights = torch.arange(start, start + chunk.numel(), device=flat.device) * 0x1E3779B97F4A7C16 + 0x2545F491
-        total += (chunk * (weights | 1)).sum()
+        mixed = torch.arange(start, start + chunk.numel(), device=flat.device) * _HASH_FACTORS[0] + chunk
+        for factor in _HASH_FACTORS[1:]:
+            mixed ^= (mixed >> 32) & 0xFFFFFFFF  # the mask: torch shifts signed numbers, and would copy the sign
+            mixed *= factor
+        mixed ^= (mixed >> 32) & 0xFFFFFFFF
+        total += mixed.sum()
     return total
 
 
