@@ -143,17 +143,27 @@ def factors(engine: Any) -> dict[str, Tensor]:
 
 
 class ThreadRanks(Ranks):
-    """One of several ranks in this process, each a thread: exchanges go through a list that all of them share."""
+    """One of several ranks in this process, each a thread: exchanges go through a list that all of them share.
 
-    def __init__(self, rank: int, slots: list[Any], barrier: threading.Barrier) -> None:
+    Only one runs at a time, from exchange to exchange: bitsandbytes' 8-bit optimizers share buffers between threads.
+    """
+
+    def __init__(self, rank: int, slots: list[Any], barrier: threading.Barrier, turn: threading.Lock) -> None:
         self.rank, self.world_size, self.device = rank, len(slots), torch.device("cpu")
-        self._slots, self._barrier = slots, barrier
+        self._slots, self._barrier, self._turn = slots, barrier, turn
+
+    def _meet(self) -> None:
+        self._turn.release()
+        try:
+            self._barrier.wait()
+        finally:
+            self._turn.acquire()
 
     def _exchange(self, value: Any) -> list[Any]:
         self._slots[self.rank] = value
-        self._barrier.wait()
+        self._meet()
         values = list(self._slots)
-        self._barrier.wait()
+        self._meet()
         return values
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
@@ -177,16 +187,17 @@ class ThreadRanks(Ranks):
 def as_ranks(world_size: int, action: Callable[[Ranks], Any]) -> list[Any]:
     """Runs `action(ranks)` as each of `world_size` ranks; what they return, by rank. Raises the first rank's error."""
     slots: list[Any] = [None] * world_size
-    barrier = threading.Barrier(world_size, timeout=60)
+    barrier, turn = threading.Barrier(world_size, timeout=60), threading.Lock()
     results: list[Any] = [None] * world_size
     errors: list[BaseException | None] = [None] * world_size
 
     def member(rank: int) -> None:
-        try:
-            results[rank] = action(ThreadRanks(rank, slots, barrier))
-        except BaseException as error:
-            errors[rank] = error
-            barrier.abort()
+        with turn:
+            try:
+                results[rank] = action(ThreadRanks(rank, slots, barrier, turn))
+            except BaseException as error:
+                errors[rank] = error
+                barrier.abort()
 
     threads = [threading.Thread(target=member, args=(rank,)) for rank in range(world_size)]
     for thread in threads:

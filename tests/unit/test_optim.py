@@ -217,7 +217,7 @@ def test_rounding_adam_is_parameter_optimizers_that_share_their_random_numbers(n
         for one, other in zip(ours, theirs, strict=True):
             assert one.grad is None and one.dtype == torch.bfloat16 and torch.equal(one, other)
     for tensor, reference in zip(ours, references, strict=True):
-        item = optimizer.item(tensor, 0.1)
+        item = optimizer.item(tensor, {"weight_decay": 0.1})
         state, expected = item.optimizer.state[item.master], reference.optimizer.state[reference.master]
         for key, value in expected.items():
             assert torch.equal(torch.as_tensor(state[key]), torch.as_tensor(value)), key
