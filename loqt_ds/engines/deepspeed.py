@@ -10,6 +10,7 @@ re-initialize; what the controller reads and writes goes through the shards that
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -205,7 +206,8 @@ class LoQTEngine(DeepSpeedEngine):
 
     def _gradient_hook(self, name: str) -> Callable[[Tensor], None]:
         def hook(_: Tensor) -> None:
-            if self._in_step and self.is_gradient_accumulation_boundary():
+            # Within `no_sync`, more of this step's gradient is to come.
+            if self._in_step and self.is_gradient_accumulation_boundary() and not self.inside_no_sync_ctxt:
                 self.controller.gradient_complete(name)
 
         return hook
@@ -320,18 +322,19 @@ class LoQTEngine(DeepSpeedEngine):
     def save_checkpoint(  # type: ignore[override]
         self,
         save_dir: str | Path,
-        tag: str | None = None,
+        tag: str | int | None = None,
         client_state: dict[str, Any] | None = None,
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
     ) -> bool:
         """Saves SAVE_DIR/TAG (step_N without a tag), whole or not at all; any number of ranks can go on from it.
 
-        `client_state` is JSON. Raises ValueError for options that the format does not have.
+        `client_state` is JSON. Raises ValueError for one that is not, and for options that the format does not have.
         """
         if not save_latest or exclude_frozen_parameters:
             option = "exclude_frozen_parameters=True" if exclude_frozen_parameters else "save_latest=False"
             raise ValueError(f"save_checkpoint: {option}: a checkpoint is whole, and `latest` names the newest")
+        self.ranks.attempt(lambda: _check_json(client_state))
         metadata = {
             "config": self._loqt_config.to_dict(),
             "engine_state": self.saved_state(),
@@ -341,14 +344,26 @@ class LoQTEngine(DeepSpeedEngine):
             metadata["model_config"] = model_config.to_dict()
         tensors = self.saved_tensors()
         save_checkpoint(
-            Path(save_dir), self.global_steps, tensors=tensors, metadata=metadata, keep=0, ranks=self.ranks, name=tag
+            Path(save_dir),
+            self.global_steps,
+            tensors=tensors,
+            metadata=metadata,
+            keep=0,
+            ranks=self.ranks,
+            name=None if tag is None else str(tag),
         )
         return True
+
+    def save_16bit_model(self, *_: Any, **__: Any) -> bool:  # type: ignore[override]
+        """Refused: the weights that DeepSpeed would save here are packed in 4 bits, apart from their factors."""
+        raise ValueError("save_16bit_model would save W, P and B apart; use engine.export(DIRECTORY, format='bf16')")
+
+    save_fp16_model = save_16bit_model
 
     def load_checkpoint(  # type: ignore[override]
         self,
         load_dir: str | Path,
-        tag: str | None = None,
+        tag: str | int | None = None,
         load_module_strict: bool = True,
         load_optimizer_states: bool = True,
         load_lr_scheduler_states: bool = True,
@@ -369,7 +384,7 @@ class LoQTEngine(DeepSpeedEngine):
         root = Path(load_dir)
 
         def find() -> str | None:
-            wanted = "auto" if tag is None else str(root / tag)
+            wanted = "auto" if tag is None else str(root / str(tag))
             found = find_checkpoint(root, wanted, option="tag")
             return None if found is None else str(found)
 
@@ -409,3 +424,13 @@ class LoQTEngine(DeepSpeedEngine):
         from transformers import PreTrainedModel
 
         return self.module.config if isinstance(self.module, PreTrainedModel) else None
+
+
+def _check_json(client_state: dict[str, Any] | None) -> None:
+    try:
+        json.dumps(client_state)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"save_checkpoint: client_state is not JSON ({error}); give numbers, text, lists and objects (torch's "
+            "random states are in every checkpoint)"
+        ) from error

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from loqt_ds.config import Config, ConfigError
 from loqt_ds.engines.deepspeed import LoQTEngine, start_distributed
-from loqt_ds.engines.ds_config import plugin_config
+from loqt_ds.engines.ds_config import plugin_config, read_json
 from loqt_ds.method.conversion import checkpoint_files, convert, initializer, loqt_layers, materialize
 from loqt_ds.ranks import Ranks
 
@@ -75,11 +75,9 @@ def initialize(
         raise ConfigError(f"model={model!r} must be a torch.nn.Module")
     if isinstance(model, PipelineModule):
         raise ConfigError("model is a PipelineModule: a layer's gradient must reach its owner whole; use its layers")
-    source = config if config is not None else config_params
-    if source is None:
-        source = getattr(args, "deepspeed_config", None)
-    if source is None:
-        raise ConfigError("config=None: give a path or an object, such as config='configs/zero2.json'")
+    source = _given_config(args, config, config_params)
+    if optimizer is not None and not callable(optimizer) and not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(f"optimizer={optimizer!r} is no optimizer; give torch's Adam or AdamW, or a function")
     if lr_scheduler is not None and not callable(lr_scheduler):
         raise ConfigError("lr_scheduler is an object, which holds the old optimizer; give lambda optimizer: ...")
     if dist_init_required is False and not dist.is_initialized():
@@ -89,10 +87,10 @@ def initialize(
     ours, ds_config = plugin_config(source)
     if lr_scheduler is not None and ours.optim.schedule != "constant":
         raise ConfigError("lr_scheduler and loqt.max_steps both decide the learning rate; give one of them")
+    if optimizer is not None and _read(source).get("optimizer"):
+        raise ConfigError("optimizer is given, and the config has an `optimizer` section; give one of them")
     _check_weights(model, weights)
     named = _named_groups(model, optimizer, model_parameters)
-    if isinstance(optimizer, torch.optim.Optimizer) and (isinstance(source, dict) and source.get("optimizer")):
-        raise ConfigError("optimizer is given, and the config has an `optimizer` section; give one of them")
     model, original = _convert(model, ours, named, ranks, weights)
     engine = LoQTEngine(
         model,
@@ -111,12 +109,29 @@ def initialize(
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
+def _given_config(args: Any, config: Any, config_params: Any) -> Any:
+    """The one configuration that is given, of the three places there are for it."""
+    places = {
+        "config": config,
+        "config_params": config_params,
+        "args.deepspeed_config": getattr(args, "deepspeed_config", None),
+    }
+    given = {place: value for place, value in places.items() if value is not None}
+    if not given:
+        raise ConfigError("config=None: give a path or an object, such as config='configs/zero2.json'")
+    if len(given) > 1:
+        values = " and ".join(f"{place}={value!r}" for place, value in given.items())
+        raise ConfigError(f"{values} are given; give one of them")
+    return next(iter(given.values()))
+
+
+def _read(source: Any) -> dict[str, Any]:
+    return source if isinstance(source, dict) else read_json(source, option="config")
+
+
 def _timeout_seconds(source: Any) -> int | None:
     """`loqt.collective_timeout_seconds`, which is needed before the rest can be checked."""
-    from loqt_ds.engines.ds_config import read_json
-
-    given = source if isinstance(source, dict) else read_json(source, option="config")
-    section = given.get("loqt")
+    section = _read(source).get("loqt")
     value = section.get("collective_timeout_seconds") if isinstance(section, dict) else None
     return value if isinstance(value, int) and value > 0 else None
 
@@ -151,6 +166,10 @@ def _named_groups(
         decays = any(group["weight_decay"] for group in optimizer.param_groups)
         if decays and not isinstance(optimizer, torch.optim.AdamW):
             raise ConfigError("optimizer: Adam's weight_decay is an L2 penalty, which is not implemented; use AdamW")
+        if optimizer.state:
+            raise ConfigError(
+                "optimizer has moments of the weights, which B does not have; give one that has not stepped"
+            )
         given = optimizer.param_groups
     elif model_parameters is None:
         given = [{"params": [p for p in model.parameters() if p.requires_grad]}]
