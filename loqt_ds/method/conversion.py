@@ -363,11 +363,19 @@ class _CheckpointFiles:
         self._option = option
         tied = _tied_head(model)
         wanted: dict[str, torch.Size] = {}
+        same: dict[int, list[str]] = {}
         for name, module in model.named_modules():
             for short, parameter in module.named_parameters(recurse=False):
                 if module is not tied:
-                    wanted[f"{name}.{short}" if name else short] = parameter.shape
-        missing = sorted(set(wanted) - set(self._files))
+                    full = f"{name}.{short}" if name else short
+                    wanted[full] = parameter.shape
+                    same.setdefault(id(parameter), []).append(full)
+        # A parameter that several modules share is in the files under one of its names, or under all.
+        self._stored: dict[str, str] = {}
+        for names in same.values():
+            found = [name for name in names if name in self._files]
+            self._stored |= {name: name if name in self._files else found[0] for name in names if found}
+        missing = sorted(set(wanted) - set(self._stored))
         if missing:
             raise ValueError(
                 f"{what} has no tensor {missing[0]} (and {len(missing) - 1} others of "
@@ -386,17 +394,19 @@ class _CheckpointFiles:
                 f"for, the first being {extra[0]}; give the directory of a full-precision checkpoint of that model"
             )
         for name, shape in wanted.items():
-            found = self._shape(name)
-            if tuple(found) != tuple(shape):
-                raise ValueError(f"{what}: {name} is {tuple(found)}, the model's is {tuple(shape)}")
+            there = tuple(self._shape(name))
+            if there != tuple(shape):
+                raise ValueError(f"{what}: {name} is {there}, the model's is {tuple(shape)}")
 
     def _shape(self, name: str) -> list[int]:
-        with _opened(self._files[name], self._option) as file:
-            return file.get_slice(name).get_shape()
+        stored = self._stored[name]
+        with _opened(self._files[stored], self._option) as file:
+            return file.get_slice(stored).get_shape()
 
     def _read(self, name: str) -> Tensor:
-        with _opened(self._files[name], self._option) as file:
-            return file.get_tensor(name)
+        stored = self._stored[name]
+        with _opened(self._files[stored], self._option) as file:
+            return file.get_tensor(stored)
 
     def module(self, name: str, module: nn.Module) -> dict[str, Tensor]:
         prefix = f"{name}." if name else ""
