@@ -3,13 +3,13 @@
     python tools/export.py --checkpoint runs/llama_9m_c4-0001/checkpoints/step_300 --format bf16 --output /tmp/c4_9m
     python tools/benchmark_subspace.py --model /tmp/c4_9m --text ../shared/data/en/c4/c4_en_part1.jsonl.gz
 
-The gradient of each adapted matrix is taken on batch after batch of the text, at fixed weights. P of the first batch
-and the batches after it give the first moment of B that training would have (beta 0.9), from which the sketch starts;
-then all methods see the same gradient; the first sketch has no moment and iterates on the gradient instead. "In
-sample" is the part of this gradient's energy that P holds; "next step", of the gradient of the batch after it, which
-is what P is for. Times are of the decompositions (for the sketch with its product A Ω), as ratios to the exact SVD on
-the same machine; also on one matrix of the 350M shape with an invented spectrum. Numbers go to
-benchmarks/results/subspace.
+The gradient of each adapted matrix is taken on batch after batch of the text, at fixed weights, and all methods see the
+same one. Sketches differ in their columns Ω: Gaussian; orth([M, N]) with M the first moment of B that training would
+have (P of an earlier batch, beta 0.9, 20 batches) and N Gaussian; and those that training uses, Gaussian ones iterated
+on the first micro-batch, which is all of the batch, half or a quarter of it. "In sample" is the part of this gradient's
+energy that P holds; "next step", of the gradient of the batch after it, which is what P is for. Times are of the
+decompositions (for sketches with the product A Ω), as ratios to the exact SVD on the same machine; also on one matrix
+of the 350M shape with an invented spectrum. Numbers go to benchmarks/results/subspace.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -33,6 +33,7 @@ from loqt_ds.core.subspace import (
     captured_energy,
     exact_basis,
     gram_basis,
+    orthonormal,
     power_iterate,
     resolve_side,
     sketch_basis,
@@ -40,46 +41,50 @@ from loqt_ds.core.subspace import (
 )
 from loqt_ds.data import build_data, load_or_train_tokenizer
 from loqt_ds.evaluation import model_inputs, num_predicted, summed_loss
-from loqt_ds.method.controller import FIRST_POWER_ITERATIONS
+from loqt_ds.method.controller import POWER_ITERATIONS
 from loqt_ds.method.conversion import target_linears
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks/results/subspace"
 BETA, OVERSAMPLING, SEED = 0.9, 32, 0
 
 
-def gradients(model: nn.Module, linears: dict[str, nn.Linear], batches: Any) -> Iterator[dict[str, Tensor]]:
-    """Canonical gradients A (k, l) of each matrix, a batch at a time."""
-    while True:
-        batch = batches.next_batch()
-        inputs, targets = model_inputs(batch, torch.device("cpu"))
-        (summed_loss(model(**inputs).logits, targets) / num_predicted(batch)).backward()
-        found = {}
-        for name, linear in linears.items():
-            assert linear.weight.grad is not None
-            right = resolve_side("auto", linear.out_features, linear.in_features) == "right"
-            found[name] = linear.weight.grad.T.contiguous() if right else linear.weight.grad.clone()
-        model.zero_grad()
-        yield found
+def gradient(model: nn.Module, linears: dict[str, nn.Linear], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Canonical gradient A (k, l) of each matrix on a batch."""
+    inputs, targets = model_inputs(batch, torch.device("cpu"))
+    (summed_loss(model(**inputs).logits, targets) / num_predicted(batch)).backward()
+    found = {}
+    for name, linear in linears.items():
+        assert linear.weight.grad is not None
+        right = resolve_side("auto", linear.out_features, linear.in_features) == "right"
+        found[name] = linear.weight.grad.T.contiguous() if right else linear.weight.grad.clone()
+    model.zero_grad()
+    return found
 
 
-def methods(gradient: Tensor, moment: Tensor, rank: int) -> dict[str, Callable[[], Tensor]]:
-    """Name -> function that gives P (k, r)."""
+def methods(whole: Tensor, moment: Tensor, rank: int, parts: dict[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
+    """Name -> function that gives P (k, r). `parts`: gradients of parts of the batch, by name."""
 
-    length = gradient.shape[1]
+    length, identity = whole.shape[1], torch.eye(whole.shape[0])
 
     def sketch(omega: Tensor) -> Callable[[], Tensor]:
         # The columns are made once a re-initialization, before the batches: not timed.
-        return lambda: sketch_basis(gradient @ omega, rank).vectors
+        return lambda: sketch_basis(whole @ omega, rank).vectors
 
-    seeded = test_matrix(length=length, moment=moment, num_gaussian=OVERSAMPLING, seed=SEED, device="cpu")
-    blind = test_matrix(length=length, moment=None, num_gaussian=rank + OVERSAMPLING, seed=SEED, device="cpu")
-    identity = torch.eye(gradient.shape[0])
+    def start(num_columns: int) -> Tensor:
+        return test_matrix(length=length, num_columns=min(num_columns, *whole.shape), seed=SEED, device="cpu")
+
+    def iterated(first: Tensor) -> Tensor:
+        return power_iterate(start(rank + OVERSAMPLING), identity, first, iterations=POWER_ITERATIONS)
+
+    unit = moment / moment.norm(dim=0).clamp_min(1e-30)
+    seeded = orthonormal(torch.cat([unit, start(OVERSAMPLING) / length**0.5], dim=1))
     return {
-        "exact": lambda: exact_basis(gradient, rank).vectors,
-        "gram": lambda: gram_basis(gradient, rank).vectors,
-        "sketch": sketch(seeded),
-        "first sketch": sketch(power_iterate(blind, identity, gradient, iterations=FIRST_POWER_ITERATIONS)),
-        "sketch of Gaussian columns": sketch(blind),
+        "exact": lambda: exact_basis(whole, rank).vectors,
+        "gram": lambda: gram_basis(whole, rank).vectors,
+        "sketch, iterated": sketch(iterated(whole)),
+        **{f"sketch, iterated on {name} of the batch": sketch(iterated(part)) for name, part in parts.items()},
+        "sketch, from the moment": sketch(seeded),
+        "sketch, Gaussian": sketch(orthonormal(start(rank + OVERSAMPLING))),
     }
 
 
@@ -93,20 +98,22 @@ def seconds(function: Callable[[], Tensor], repeats: int = 5) -> float:
     return median(times)
 
 
-def compare(gradient: Tensor, following: Tensor, moment: Tensor, rank: int) -> dict[str, dict[str, float]]:
+def compare(
+    whole: Tensor, following: Tensor, moment: Tensor, rank: int, parts: dict[str, Tensor]
+) -> dict[str, dict[str, float]]:
     """Per method: seconds, and the energy that P holds of this gradient and of the following one."""
     result = {}
-    for name, function in methods(gradient, moment, rank).items():
+    for name, function in methods(whole, moment, rank, parts).items():
         basis = function()
         result[name] = {
             "seconds": seconds(function),
-            "in_sample": captured_energy(gradient, basis),
+            "in_sample": captured_energy(whole, basis),
             "next_step": captured_energy(following, basis),
         }
     best = exact_basis(following, rank).vectors
     result["bound: exact of the next"] = {
         "seconds": 0.0,
-        "in_sample": captured_energy(gradient, best),
+        "in_sample": captured_energy(whole, best),
         "next_step": captured_energy(following, best),
     }
     return result
@@ -116,10 +123,10 @@ def invented(rank: int = 256, shape: tuple[int, int] = (1024, 2736)) -> dict[str
     """Seconds on one matrix of the 350M shape: singular values falling as 1/√i, a moment that is noisy A^T P."""
     generator = torch.Generator().manual_seed(SEED)
     left, _ = torch.linalg.qr(torch.randn(shape[0], shape[0], generator=generator))
-    gradient = (left * torch.arange(1, shape[0] + 1).rsqrt()) @ torch.randn(*shape, generator=generator)
-    moment = gradient.T @ left[:, :rank]
+    whole = (left * torch.arange(1, shape[0] + 1).rsqrt()) @ torch.randn(*shape, generator=generator)
+    moment = whole.T @ left[:, :rank]
     moment += 0.3 * moment.std() * torch.randn(moment.shape, generator=generator)
-    return {name: seconds(function, repeats=3) for name, function in methods(gradient, moment, rank).items()}
+    return {name: seconds(function, repeats=3) for name, function in methods(whole, moment, rank, {}).items()}
 
 
 def report(record: dict[str, Any]) -> str:
@@ -159,15 +166,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data = build_data(config, load_or_train_tokenizer(config))
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     linears = target_linears(model, "all-linear")
-    stream = gradients(model, linears, data.train)
-    bases = {name: exact_basis(a, options.rank).vectors for name, a in next(stream).items()}
+
+    def on(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return gradient(model, linears, batch)
+
+    bases = {name: exact_basis(a, options.rank).vectors for name, a in on(data.train.next_batch()).items()}
     moments = {name: torch.zeros(0) for name in bases}
     for step in range(options.num_steps):
-        for name, a in next(stream).items():
+        for name, a in on(data.train.next_batch()).items():
             share = (1 - BETA) * (a.T @ bases[name])  # (l, r): the gradient of B, canonical
             moments[name] = share if step == 0 else BETA * moments[name] + share
-    now, following = next(stream), next(stream)
-    by_matrix = {name: compare(now[name], following[name], moments[name], options.rank) for name in linears}
+    batch = data.train.next_batch()
+    now, following = on(batch), on(data.train.next_batch())
+    size = config.train.micro_batch_size
+    shares = {"half": size // 2, "a quarter": size // 4}
+    partial = {name: on({key: tensor[:rows] for key, tensor in batch.items()}) for name, rows in shares.items()}
+    by_matrix = {
+        name: compare(
+            now[name], following[name], moments[name], options.rank, {part: partial[part][name] for part in partial}
+        )
+        for name in linears
+    }
     keys = next(iter(by_matrix.values()))
     means = {
         method: {

@@ -6,9 +6,10 @@ Idea: P spans the directions, on the smaller side of the weight, that hold most 
 
 (LoQT, arXiv 2405.16528, section 3.1; the projection is GaLore's, arXiv 2403.03507.) Three ways to it: the exact SVD of
 A; the eigenvectors of A Aᵀ (k × k, formed and solved in float64, because it squares the condition number); and the SVD
-of a sketch S = A Ω, which can be summed over micro-batches and ranks without A ever existing. Ω = orth([M, N]) with M
-the first moment of the trained factor: M is an average of earlier AᵀP, so that S is one step of a power iteration that
-earlier training has already begun (Halko, Martinsson, Tropp, arXiv 0909.4061, section 4.5); N is Gaussian.
+of a sketch S = A Ω, which can be summed over micro-batches and ranks without A ever existing. Ω starts Gaussian and is
+turned by power iterations, Ω ← orth(Aᵀ A Ω), on the first micro-batch of all ranks (Halko, Martinsson, Tropp, arXiv
+0909.4061, section 4.5). Starting from the first moment of the trained factor, an average of earlier AᵀP, was measured
+and is not better once there is an iteration (benchmarks/results/subspace).
 
 Departures from the paper: it uses the exact SVD only. Directions that the gradient does not have (fewer tokens than the
 rank) are taken from the old P, then at random, instead of being whatever a decomposition of rounding errors returns.
@@ -33,8 +34,6 @@ SIDES = ("auto", "left", "right")
 
 # Directions of the old P whose part outside the new one is shorter than this are rounding errors of quantization.
 _SMALLEST_RESIDUAL = 1e-2
-# A column of [M, N] is dead when this little of its length is new to the columns before it.
-_DEAD_COLUMN = 1e-4
 # Values converted to float64 at once.
 _CHUNK = 1 << 20
 
@@ -164,64 +163,45 @@ def _generator(seed: int, purpose: str) -> torch.Generator:
 
 
 @torch.no_grad()
-def test_matrix(
-    *,
-    length: int,
-    moment: Tensor | None,
-    num_gaussian: int,
-    seed: int,
-    device: torch.device | str,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Ω (length, c), orthonormal columns, c = min(length, columns of `moment` + num_gaussian).
+def test_matrix(*, length: int, num_columns: int, seed: int, device: torch.device | str) -> Tensor:
+    """Ω (length, num_columns) to start from, standard Gaussian; the same on every machine for one seed."""
+    if not 1 <= num_columns <= length:
+        raise ValueError(f"num_columns={num_columns} of vectors of length {length}; use 1 to {length}")
+    return _gaussian(length, num_columns, _generator(seed, "test matrix")).to(device)
 
-    `moment` is (length, r_m) or None. Its dead columns (zero, not finite, or dependent on earlier ones) are replaced by
-    Gaussian ones, so that the width never depends on the data. Deterministic in (seed, moment).
-    """
-    if moment is not None and moment.shape[0] != length:
-        raise ValueError(f"the moment has {moment.shape[0]} rows, the test matrix {length}; pass the canonical (l, r)")
-    num_moment = 0 if moment is None else moment.shape[1]
-    num_columns = min(length, num_moment + num_gaussian)
-    if num_columns < 1:
-        raise ValueError(f"num_gaussian={num_gaussian} without a moment gives no columns; use at least 1")
-    generator = _generator(seed, "test matrix")
-    num_moment = min(num_moment, num_columns)
-    parts = []
-    if moment is not None and num_moment:
-        parts.append(_unit_columns(moment.detach()[:, :num_moment].to(device=device, dtype=torch.float32)))
-    parts.append(_unit_columns(_gaussian(length, num_columns - num_moment, generator).to(device)))
-    columns = torch.cat(parts, dim=1)
-    q, r = torch.linalg.qr(columns)
-    for _ in range(3):
-        # QR invents a direction for a dependent column out of rounding errors, which differ between machines.
-        dead = r.diagonal().abs() < _DEAD_COLUMN
-        num_dead = int(dead.sum())
-        if not num_dead:
-            break
-        columns[:, dead] = _unit_columns(_gaussian(length, num_dead, generator).to(device))
-        q, r = torch.linalg.qr(columns)
-    return q.to(dtype)
+
+def orthonormal(columns: Tensor) -> Tensor:
+    """The Q of a QR decomposition in float32, in the dtype of `columns` (l, c), c ≤ l."""
+    return torch.linalg.qr(columns.float()).Q.to(columns.dtype)
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @torch.no_grad()
-def power_iterate(omega: Tensor, inner: Tensor, outer: Tensor, *, iterations: int) -> Tensor:
+def power_iterate(
+    omega: Tensor,
+    inner: Tensor,
+    outer: Tensor,
+    *,
+    iterations: int,
+    total: Callable[[Tensor], Tensor] = _unchanged,
+    total_orthonormal: Callable[[Tensor], Tensor] = orthonormal,
+) -> Tensor:
     """Turns Ω (l, c) towards the leading right singular vectors of A = innerᵀ outer, which is never formed.
 
-    inner (T, k), outer (T, l); each iteration is Ω ← orth(Aᵀ A Ω). Returns the dtype of `omega`.
+    Each iteration is Ω ← orth(Aᵀ A Ω). Returns the dtype of `omega`.
+
+    Args:
+        inner, outer: (T, k), (T, l).
+        total: makes the sum over all that hold rows of A out of this one's (k, c).
+        total_orthonormal: likewise of (l, c), and then orthonormal columns, the same for all.
     """
     for _ in range(iterations):
-        image = inner.t() @ (outer @ omega)  # A Ω (k, c)
-        omega = torch.linalg.qr((outer.t() @ (inner @ image)).float()).Q.to(omega.dtype)
+        image = total(inner.t() @ (outer @ omega))  # A Ω (k, c)
+        omega = total_orthonormal(outer.t() @ (inner @ image))
     return omega
-
-
-def _unit_columns(matrix: Tensor) -> Tensor:
-    """Columns scaled to length 1, in two steps so that tiny ones do not underflow; hopeless ones become zero."""
-    matrix = torch.nan_to_num(matrix, nan=torch.inf)
-    largest = matrix.abs().amax(dim=0, keepdim=True)
-    usable = torch.isfinite(largest) & (largest > 0)
-    scaled = torch.where(usable, matrix / torch.where(usable, largest, 1.0), 0.0)
-    return scaled / torch.where(usable, torch.linalg.vector_norm(scaled, dim=0, keepdim=True), 1.0)
 
 
 @torch.no_grad()

@@ -15,12 +15,10 @@ and the new B. Sums and broadcasts are issued in an order that depends on nothin
 The gradient is the one at the effective weight before the update; the merged weight is one update newer (harmless).
 
 The exact and Gram methods sum G = Σ dYᵀX in float32. The sketch sums S = A Ω (k, r + p) only, A being G or its
-transpose, Ω = orth([M, N]) with M the first moment of B and N Gaussian: G is linear in the data, so it never exists.
-The energy P captures is exact where G is there; for a sketch it is estimated from eight Gaussian probe columns
-Z that P never saw, ‖PᵀAZ‖² / ‖AZ‖². The first time there is no moment: Ω then starts from r + p Gaussian columns and
-iterates on the first micro-batch's gradient. Ω is made in the first micro-batch, by the owner, and kept for the step:
-made anew it would cost a QR in each micro-batch. (Several ranks must therefore meet their layers in the same order in
-that backward, as ZeRO's own reductions ask for.)
+transpose: G is linear in the data, so it never exists. Ω comes from Gaussian columns by power iterations on the
+gradient of the first micro-batch, of all ranks together, and is kept for the step. (Several ranks must therefore meet
+their layers in the same order in that backward, as ZeRO's own reductions ask for.) The energy P captures is exact where
+G is there; for a sketch it is estimated from eight Gaussian probe columns Z that P never saw, ‖PᵀAZ‖² / ‖AZ‖².
 """
 
 from __future__ import annotations
@@ -44,6 +42,7 @@ from loqt_ds.core.subspace import (
     complete_basis,
     decompose,
     layer_seed,
+    orthonormal,
     overlap,
     power_iterate,
     probe_matrix,
@@ -54,7 +53,7 @@ from loqt_ds.method.linear import LoQTLinear
 from loqt_ds.ranks import ALONE, Ranks, Work
 
 NUM_PROBES = 8  # Gaussian columns that a sketch's energy is measured on
-FIRST_POWER_ITERATIONS = 2
+POWER_ITERATIONS = 2
 AUTO_GRAM_LIMIT = 512  # loqt.subspace=auto: Gram up to this smaller side, the sketch above
 
 
@@ -295,28 +294,32 @@ class Controller:
         return layer_seed(self._seed, self._current.step, name)
 
     def _columns(self, name: str, layer: LoQTLinear, inner: Tensor, outer: Tensor) -> Tensor:
-        """[Ω, Z] (l, c + q) in the dtype of the gradient: made by the owner, in the first micro-batch, for the step."""
+        """[Ω, Z] (l, c + q) in the dtype of the gradient: made in the first micro-batch, the same on all ranks."""
         owner, device = self.owners[name], layer.B.device
-        moment = None
-        known = name in self._initialized and self.store.has_moments(name)
-        if known:
-            moment = self.store.moment(name, 0, owner)
-        num_columns = sketch_columns(layer, self.options.sketch_oversampling)
-        omega = torch.empty(layer.factor_length, num_columns, dtype=outer.dtype, device=device)
-        if owner == self.ranks.rank:
-            made = test_matrix(
-                length=layer.factor_length,
-                moment=None if moment is None else layer.canonical(moment),
-                num_gaussian=self.options.sketch_oversampling + (0 if known else layer.rank),
-                seed=self._layer_seed(name),
-                device=device,
-            ).to(outer.dtype)
-            if not known:
-                # Nothing to start from: iterate on this micro-batch's gradient, which need not be formed for it.
-                made = power_iterate(made, inner, outer, iterations=FIRST_POWER_ITERATIONS)
-            omega.copy_(made[:, :num_columns])
-        # Not made by each rank: the gradient of a micro-batch is its rank's own, and a QR differs between machines.
-        self.ranks.broadcast(omega, owner)
+
+        def total_orthonormal(columns: Tensor) -> Tensor:
+            # By one of them: QR differs between machines, and where there are few tokens it invents directions.
+            if (sum_to_owner := self.ranks.reduce(columns, owner)) is not None:
+                sum_to_owner.wait()
+            columns = orthonormal(columns) if owner == self.ranks.rank else columns
+            columns = columns.contiguous()
+            self.ranks.broadcast(columns, owner)
+            return columns
+
+        omega = test_matrix(
+            length=layer.factor_length,
+            num_columns=sketch_columns(layer, self.options.sketch_oversampling),
+            seed=self._layer_seed(name),
+            device=device,
+        )
+        omega = power_iterate(
+            omega.to(outer.dtype),
+            inner,
+            outer,
+            iterations=POWER_ITERATIONS,
+            total=self.ranks.all_reduce,
+            total_orthonormal=total_orthonormal,
+        )
         probes = probe_matrix(
             length=layer.factor_length,
             num_probes=NUM_PROBES,

@@ -176,129 +176,84 @@ def test_gram_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- sketches -------------------------------------------------------------------------------------------------------
 
 
-class NoisyGradients:
-    """Gradients as training makes them: a common part that stays, and independent noise of each batch.
-
-    G_t = C + noise · N_t, canonical (k, length), all entries standard Gaussian. The spectrum of C is flat: no gap
-    anywhere, and the top quarter of the directions holds about half of the energy. P is what a re-initialization an
-    interval ago would have chosen: the exact top directions of the gradient of that step, in NF4. The moment is Adam's
-    (β₁ = 0.9) of the gradients of the factor in the 50 steps since, M = Σ 0.1 · 0.9^i · G_{t−i}ᵀ P̂. The gradient to be
-    decomposed is a new one, whose noise neither P nor M has seen. (With noise = 0.5 the ratio falls to 0.92, because
-    the exact basis then fits the noise of the one gradient it is judged by; of C itself it holds less than the sketch.)
-    """
-
-    def __init__(self, k: int, length: int, rank: int, *, noise: float, seed: int = 0) -> None:
-        random = generator(seed)
-        common = torch.randn(k, length, generator=random)
-
-        def gradient() -> Tensor:
-            return common + noise * torch.randn(k, length, generator=random)
-
-        spec = QuantSpec("nf4")
-        old = subspace.exact_basis(gradient(), rank).vectors
-        self.old_basis_hat = dequantize(quantize(old, spec), (k, rank), spec)
-        self.moment = torch.zeros(length, rank)
-        for _ in range(50):
-            self.moment = 0.9 * self.moment + 0.1 * (gradient().T @ self.old_basis_hat)
-        self.common, self.new = common, gradient()
+SKETCHED = [(256, 512, 64), (128, 352, 32), (172, 172, 43), (256, 688, 128)]
 
 
-@pytest.mark.parametrize("k, length, rank", [(256, 512, 64), (128, 352, 32), (172, 172, 43), (256, 688, 128)])
-@pytest.mark.parametrize("noise", [0.1, 0.3])
-def test_a_sketch_seeded_with_the_moment_is_nearly_exact(k: int, length: int, rank: int, noise: float) -> None:
-    case = NoisyGradients(k, length, rank, noise=noise)
-    omega = subspace.test_matrix(length=length, moment=case.moment, num_gaussian=32, seed=1, device="cpu")
-    basis = subspace.sketch_basis(case.new @ omega, rank)
+@pytest.mark.parametrize("k, length, rank", SKETCHED)
+@pytest.mark.parametrize("kind", ["random", "decaying"])
+def test_a_sketch_whose_columns_were_iterated_is_nearly_exact(k: int, length: int, rank: int, kind: str) -> None:
+    gradient = spectrum_matrix(k, length, kind)
+    outer = torch.linalg.qr(gaussian(900, k, seed=3)).Q @ gradient  # any factors of A = innerᵀ outer
+    inner = torch.linalg.qr(gaussian(900, k, seed=3)).Q
+    start = subspace.test_matrix(length=length, num_columns=min(k, length, rank + 32), seed=1, device="cpu")
+    omega = subspace.power_iterate(start, inner, outer, iterations=2)
+    assert_orthonormal(omega)
+    basis = subspace.sketch_basis(gradient @ omega, rank)
     assert_orthonormal(basis.vectors)
-    best = best_energy(case.new, rank)
-    captured = energy_float64(case.new, basis.vectors)
+    captured, best = energy_float64(gradient, basis.vectors), best_energy(gradient, rank)
     assert captured >= 0.96 * best
-    blind = subspace.test_matrix(length=length, moment=None, num_gaussian=rank + 32, seed=1, device="cpu")
-    assert captured > energy_float64(case.new, subspace.sketch_basis(case.new @ blind, rank).vectors) + 0.02
-    # Of the part that stays, the sketch holds no less than the exact SVD of one noisy gradient: it averages.
-    exact = subspace.exact_basis(case.new, rank).vectors
-    assert energy_float64(case.common, basis.vectors) >= 0.999 * energy_float64(case.common, exact)
+    if kind == "random" and rank + 32 < k:  # where iterations matter
+        blind = subspace.sketch_basis(gradient @ start, rank).vectors
+        assert captured > energy_float64(gradient, blind) + 0.02
+
+
+def test_power_iterations_of_rows_that_several_hold_are_those_of_all_rows() -> None:
+    """A = Σ innerᵢᵀ outerᵢ: with sums exchanged, each holder gets the Ω of one that holds everything."""
+    inner, outer = gaussian(60, 24), gaussian(60, 56, seed=1)
+    start = subspace.test_matrix(length=56, num_columns=9, seed=1, device="cpu")
+    whole = subspace.power_iterate(start, inner, outer, iterations=1)
+    images: list[Tensor] = []
+    for rows in (slice(0, 13), slice(13, 60)):  # what each holder hands to the first exchange
+        subspace.power_iterate(
+            start, inner[rows], outer[rows], iterations=1, total=lambda part: images.append(part) or part
+        )
+    image, parts = sum(images), []
+    for rows in (slice(0, 13), slice(13, 60)):
+        subspace.power_iterate(
+            start,
+            inner[rows],
+            outer[rows],
+            iterations=1,
+            total=lambda part: image,
+            total_orthonormal=lambda part: parts.append(part) or part,
+        )
+    assert torch.allclose(subspace.orthonormal(sum(parts)), whole, atol=1e-4)
+    a = inner.double().T @ outer.double()
+    direction = np.linalg.qr((a.T @ (a @ start.double())).numpy())[0]
+    assert np.allclose(np.abs((direction * whole.double().numpy()).sum(0)), 1.0, atol=1e-5)
 
 
 def test_a_wide_sketch_is_exact() -> None:
     for k, length in [(24, 56), (56, 24)]:
         gradient = gaussian(k, length)
-        omega = subspace.test_matrix(length=length, moment=None, num_gaussian=10_000, seed=0, device="cpu")
-        assert omega.shape == (length, length)
-        basis = subspace.sketch_basis(gradient @ omega, 7)
+        omega = subspace.test_matrix(length=length, num_columns=length, seed=0, device="cpu")
+        basis = subspace.sketch_basis(gradient @ subspace.orthonormal(omega), 7)
         assert energy_float64(gradient, basis.vectors) == pytest.approx(best_energy(gradient, 7), abs=1e-5)
 
 
 def test_bf16_accumulation_of_the_sketch_costs_nothing() -> None:
-    case = NoisyGradients(128, 352, 32, noise=0.2)
-    omega = subspace.test_matrix(length=352, moment=case.moment, num_gaussian=32, seed=1, device="cpu")
-    sketch = case.new @ omega
-    full = energy_float64(case.new, subspace.sketch_basis(sketch, 32).vectors)
-    half = energy_float64(case.new, subspace.sketch_basis(sketch.bfloat16(), 32).vectors)
+    gradient = spectrum_matrix(128, 352, "decaying")
+    start = subspace.test_matrix(length=352, num_columns=64, seed=1, device="cpu")
+    omega = subspace.power_iterate(start, torch.eye(128), gradient, iterations=2)
+    sketch = gradient @ omega
+    full = energy_float64(gradient, subspace.sketch_basis(sketch, 32).vectors)
+    half = energy_float64(gradient, subspace.sketch_basis(sketch.bfloat16(), 32).vectors)
     assert half == pytest.approx(full, rel=1e-3)
 
 
-def test_test_matrix_is_deterministic_and_orthonormal() -> None:
-    moment = gaussian(96, 16)
+def test_test_matrix_is_deterministic_and_gaussian() -> None:
     make = subspace.test_matrix
-    one = make(length=96, moment=moment, num_gaussian=8, seed=5, device="cpu")
-    assert one.shape == (96, 24)
-    assert_orthonormal(one)
+    one = make(length=960, num_columns=240, seed=5, device="cpu")
     torch.manual_seed(1234)  # the global generator has no say
-    assert torch.equal(one, make(length=96, moment=moment.clone(), num_gaussian=8, seed=5, device="cpu"))
-    assert not torch.equal(one, make(length=96, moment=moment, num_gaussian=8, seed=6, device="cpu"))
-    assert (
-        make(length=96, moment=moment, num_gaussian=8, seed=5, device="cpu", dtype=torch.bfloat16).dtype
-        == torch.bfloat16
-    )
-    inside = one @ (one.T @ moment)
-    assert torch.allclose(inside, moment, atol=1e-4)
-
-
-def test_test_matrix_is_never_wider_than_long() -> None:
-    for moment, num_gaussian in [(gaussian(20, 16), 8), (gaussian(20, 30), 8), (None, 50)]:
-        omega = subspace.test_matrix(length=20, moment=moment, num_gaussian=num_gaussian, seed=0, device="cpu")
-        assert omega.shape == (20, 20)
-        assert_orthonormal(omega)
-
-
-def test_dead_columns_are_replaced() -> None:
-    moment = gaussian(96, 12)
-    moment[:, 1] = 0
-    moment[:, 3] = moment[:, 2]
-    moment[7, 5] = float("nan")
-    moment[8, 6] = float("inf")
-    moment[:, 8] *= 1e-30  # tiny, but alive
-    omega = subspace.test_matrix(length=96, moment=moment, num_gaussian=4, seed=0, device="cpu")
-    assert omega.shape == (96, 16) and bool(torch.isfinite(omega).all())
-    assert_orthonormal(omega)
-    for column in (0, 2, 4, 7, 8, 9, 10, 11):
-        unit = moment[:, column].double() / moment[:, column].double().norm()
-        assert float((omega.double().T @ unit).norm()) == pytest.approx(1.0, abs=1e-4)
-    other = subspace.test_matrix(length=96, moment=moment, num_gaussian=4, seed=1, device="cpu")
-    assert float((omega.T @ other).square().sum()) < 16 - 1  # the replaced ones depend on the seed
-    dead = subspace.test_matrix(length=96, moment=torch.zeros(96, 12), num_gaussian=4, seed=0, device="cpu")
-    assert dead.shape == (96, 16)
-    assert_orthonormal(dead)
-
-
-def test_dead_columns_do_not_depend_on_rounding() -> None:
-    # A dependent column is rounding noise after QR; its replacement must not be.
-    moment = gaussian(64, 6)
-    moment[:, 4] = moment[:, 1] - 2 * moment[:, 2]
-    shaken = moment.clone()
-    shaken[:, 4] += 1e-7 * gaussian(64, seed=9)
-    one, two = (
-        subspace.test_matrix(length=64, moment=m, num_gaussian=3, seed=0, device="cpu") for m in (moment, shaken)
-    )
-    assert torch.allclose(one, two, atol=1e-4)
+    assert one.shape == (960, 240) and torch.equal(one, make(length=960, num_columns=240, seed=5, device="cpu"))
+    assert not torch.equal(one, make(length=960, num_columns=240, seed=6, device="cpu"))
+    assert abs(float(one.mean())) < 0.01 and float(one.std()) == pytest.approx(1.0, abs=0.01)
 
 
 def test_impossible_test_matrices_are_refused() -> None:
-    with pytest.raises(ValueError, match="num_gaussian=0"):
-        subspace.test_matrix(length=8, moment=None, num_gaussian=0, seed=0, device="cpu")
-    with pytest.raises(ValueError, match="7 rows.*8"):
-        subspace.test_matrix(length=8, moment=torch.zeros(7, 2), num_gaussian=1, seed=0, device="cpu")
+    for num_columns in (0, 9):
+        with pytest.raises(ValueError, match=f"num_columns={num_columns}.*8"):
+            subspace.test_matrix(length=8, num_columns=num_columns, seed=0, device="cpu")
 
 
 def test_probes_estimate_energies_without_bias() -> None:
@@ -318,7 +273,7 @@ def test_probes_are_independent_of_the_test_matrix_of_the_same_seed() -> None:
     gradient = gaussian(64, 64, seed=2)
     bias = []
     for seed in range(40):
-        omega = subspace.test_matrix(length=64, moment=None, num_gaussian=8, seed=seed, device="cpu")
+        omega = subspace.test_matrix(length=64, num_columns=8, seed=seed, device="cpu")
         vectors = subspace.sketch_basis(gradient @ omega, 8).vectors
         probes = subspace.probe_matrix(length=64, num_probes=8, seed=seed, device="cpu")
         bias.append(subspace.captured_energy(gradient @ probes, vectors) - energy_float64(gradient, vectors))
@@ -389,7 +344,7 @@ def test_a_quantized_previous_basis_and_a_dead_one() -> None:
 
 def test_nothing_consumes_the_global_generator() -> None:
     before = torch.get_rng_state()
-    subspace.test_matrix(length=16, moment=torch.zeros(16, 3), num_gaussian=4, seed=0, device="cpu")
+    subspace.test_matrix(length=16, num_columns=4, seed=0, device="cpu")
     subspace.probe_matrix(length=16, seed=0, device="cpu")
     subspace.complete_basis(orthonormal(16, 2), 8, previous=None, seed=0)
     for method in ("exact", "gram", "sketch"):
