@@ -223,7 +223,7 @@ class LoQTEngine(DeepSpeedEngine):
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> StepReport | None:
         """As `DeepSpeedEngine.step`; where it updates, it re-initializes what is due, and returns a report.
 
-        Raises ReplicaMismatch after a re-initialization if the ranks do not hold the same model.
+        Raises ReplicaMismatch before and after a re-initialization if the ranks do not hold the same model.
         """
         boundary, step = self.is_gradient_accumulation_boundary(), self.global_steps
         if self._rates is not None:
@@ -235,6 +235,9 @@ class LoQTEngine(DeepSpeedEngine):
         if not boundary or not self._in_step:
             return None
         applied = self.was_step_applied()
+        if applied and self.controller.active:
+            # Afterwards all ranks hold what the owners have merged, damaged or not.
+            check_replicas(self.module, self.ranks)
         reinit = self.controller.end_step(applied)
         self._in_step = False
         if reinit is not None:

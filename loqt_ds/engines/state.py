@@ -145,11 +145,14 @@ def check_replicas(model: nn.Module, ranks: Ranks) -> None:
     # The values that most ranks have are taken for the right ones.
     usual = found.mode(dim=0).values
     odd = [rank for rank, row in enumerate(found) if (row != usual).any()]
+    is_majority = bool((2 * (found == usual).sum(0) > len(found)).all())
+    who = f"rank {', '.join(map(str, odd))} from the others"
+    if not is_majority:
+        who = f"between ranks {', '.join(map(str, range(len(found))))}; too few to tell which is right"
     more = f" and {len(names) - 8} others" if len(names) > 8 else ""
     raise ReplicaMismatch(
-        f"the ranks no longer hold the same model: {', '.join(names[:8])}{more} differ (rank "
-        f"{', '.join(map(str, odd))} from the others); look for failing memory there, and go on from the last "
-        "checkpoint"
+        f"the ranks no longer hold the same model: {', '.join(names[:8])}{more} differ ({who}); look for failing "
+        "memory there, and go on from the last checkpoint"
     )
 
 

@@ -991,8 +991,8 @@ def test_replicas_that_differ_by_one_bit_are_named_with_their_rank(world_size: i
 
         messages = as_ranks(world_size, flip)
         assert len(set(messages)) == 1 and f"same model: {name} differ" in messages[0]
-        if world_size > 2:  # of two, nobody can say which
-            assert f"rank {odd} " in messages[0]
+        said = f"rank {odd} from the others" if world_size > 2 else "between ranks 0, 1; too few to tell which is right"
+        assert said in messages[0]
 
 
 def test_random_states_come_back_by_rank_and_new_ranks_are_seeded_apart(tmp_path: Path) -> None:
