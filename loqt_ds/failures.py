@@ -67,6 +67,7 @@ class Voice:
         self.advice: Callable[[], str] = lambda: ""  # where to go on from
         self._timeout = timeout_seconds
         self._num_turns = 0
+        self._heard: Report | None = None  # the report, once this rank has read it
         self._lock = threading.RLock()
         self._failing, self._closed = threading.Event(), threading.Event()
         if ranks.world_size > 1:
@@ -143,10 +144,9 @@ class Voice:
         except Exception as store_error:
             if not is_broken_connection(store_error):
                 raise
-            self._host_is_gone(silent=isinstance(store_error, _SilentStore))
-        else:
-            status = report.status if report is not None else status
-        self._exit(status)
+            if self._heard is None:  # else rank 0 has just ended in good order
+                self._host_is_gone(silent=isinstance(store_error, _SilentStore))
+        self._exit(status if self._heard is None else self._heard.status)
 
     def _tell(self, text: str, status: int, *, own: bool, with_traceback: bool = False) -> Report | None:
         """Speaks, unless another rank has or is about to."""
@@ -240,10 +240,14 @@ class Voice:
         if self._store.add(_key("claims"), 1) != 1:
             return False
         self._store.set(_key("report"), json.dumps(asdict(report)))
+        self._heard = report
         return True
 
-    def _report(self) -> Report | None:
-        return _read_report(self._store)
+    def _report(self, store: Any = None) -> Report | None:
+        store = self._store if store is None else store
+        if self._heard is None and store.check([_key("report")]):
+            self._heard = Report(**json.loads(store.get(_key("report"))))
+        return self._heard
 
     def _wait_for_report(self, seconds: float) -> Report | None:
         deadline = time.monotonic() + seconds
@@ -265,7 +269,7 @@ class Voice:
         answered = False
         try:
             while not self._closed.wait(_POLL_SECONDS) and not self._failing.is_set():
-                if (report := _read_report(store)) is not None:
+                if (report := self._report(store)) is not None:
                     store.set(_key(f"heard/{self.ranks.rank}"), "1")
                     if not self._failing.wait(_END_SECONDS) and not self._closed.is_set():
                         self._exit(report.status)
@@ -322,12 +326,6 @@ class _Patient:
             self._is_silent = True
             raise _SilentStore("the store does not answer")
         return result[0]
-
-
-def _read_report(store: Any) -> Report | None:
-    if not store.check([_key("report")]):
-        return None
-    return Report(**json.loads(store.get(_key("report"))))
 
 
 def is_broken_connection(error: BaseException) -> bool:
