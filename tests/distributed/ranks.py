@@ -173,8 +173,8 @@ def build(
 ) -> LoQTEngine:
     """A tiny converted Llama of two layers under ZeRO.
 
-    At rank 7 its factors have 5404 elements: slices of 7 · 86 and 7 · 32 straddle 8-bit blocks of 256 and, at 2702,
-    ranks. `zero` is added to the section of that name, other names to the whole.
+    At rank 7 its factors have 5404 elements; of four ranks each keeps 1351, which ends inside of a layer. `zero` is
+    added to the section of that name, other names to the whole.
     """
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
     description = llama_config(**({"num_hidden_layers": 2} | (shape or {})))
