@@ -140,6 +140,8 @@ class LoQTEngine(DeepSpeedEngine):
             self.module.get_submodule(parent)._buffers[child] = value.to(self.device)
         shards, replicated = self._find_shards()
         self._state = ShardedState(shards, self._trained, ranks=ranks, replicated=replicated)
+        # Stage 0 in bf16 allocates states by a step without gradients, which counts, and decays the masters.
+        self._state.start_anew()
         store = ShardedFactors(self._state)
         self.controller = Controller(layers, config.loqt, store, original=original, seed=config.train.seed, ranks=ranks)
         self._rates = LearningRates(config, self.controller.schedule) if scheduled else None
@@ -262,6 +264,10 @@ class LoQTEngine(DeepSpeedEngine):
                 for parameter in self._trained.values():
                     parameter.grad = None
         super()._take_model_step(lr_kwargs)
+
+    def clip_fp32_gradients(self) -> None:
+        if not self.optimizer.overflow:  # else there are none left
+            super().clip_fp32_gradients()
 
     # ---------------------------------------------------------------- saving
 
