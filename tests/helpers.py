@@ -85,8 +85,8 @@ def run(engine: SingleEngine, num_steps: int) -> list[float]:
     return [train_step(engine, token_batch(engine.step_index))[0] for _ in range(num_steps)]
 
 
-def save(engine: SingleEngine, root: Path) -> Path:
-    """A checkpoint on disk, as the trainer writes one."""
+def save(engine: Any, root: Path) -> Path:
+    """A checkpoint of any engine on disk, as the trainer writes one."""
     return save_checkpoint(
         root,
         engine.step_index,
@@ -96,7 +96,7 @@ def save(engine: SingleEngine, root: Path) -> Path:
     )
 
 
-def restore(engine: SingleEngine, path: Path) -> SingleEngine:
+def restore(engine: Any, path: Path) -> Any:
     engine.restore(load_checkpoint(path))
     return engine
 
