@@ -19,6 +19,7 @@ import pytest
 import torch
 from deepspeed.pipe import PipelineModule
 from helpers import llama_config, lm_loss, token_batch
+from plain_net import ROWS, Net, batch, held, learn, settings, start
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -29,9 +30,6 @@ from loqt_ds.checkpoint import CheckpointError
 from loqt_ds.config import ConfigError
 from loqt_ds.engines.deepspeed import LoQTEngine, start_distributed
 from loqt_ds.method.conversion import initializer, loqt_layers
-
-VOCAB, WIDTH, HIDDEN = 61, 33, 45
-ROWS = 8
 
 
 @pytest.fixture(autouse=True)
@@ -46,70 +44,6 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-class Net(nn.Module):
-    """Odd widths, a bias, none, a norm, a head."""
-
-    def __init__(self, *, tied: bool = False, seed: int = 0) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.embedding = nn.Embedding(VOCAB, WIDTH)
-        self.up, self.norm = nn.Linear(WIDTH, HIDDEN), nn.LayerNorm(HIDDEN)
-        self.down = nn.Linear(HIDDEN, WIDTH, bias=False)
-        self.head = nn.Linear(WIDTH, VOCAB, bias=not tied)
-        if tied:
-            self.head.weight = self.embedding.weight
-        self.remember: Any = lambda function, x: function(x)  # how the middle part is run
-
-    def middle(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.relu(self.norm(self.up(x))))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.remember(self.middle, self.embedding(ids[:, :-1]))
-        return nn.functional.cross_entropy(self.head(x).flatten(0, 1).float(), ids[:, 1:].flatten())
-
-
-def settings(**changes: Any) -> dict[str, Any]:
-    """A configuration; a change that is an object is added to the section, None removes it."""
-    given: dict[str, Any] = {
-        "train_batch_size": ROWS,
-        "steps_per_print": 10**9,
-        "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "allgather_bucket_size": 1000},
-        "optimizer": {"type": "AdamW", "params": {"lr": 0.01}},
-        "loqt": {"rank": 8, "interval": 3, "schedule": "static", "optim": {"name": "adamw"}},
-    }
-    for name, value in changes.items():
-        given[name] = given[name] | value if isinstance(value, dict) and name in given else value
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def batch(step: int, *, rows: int = ROWS) -> Tensor:
-    """Token ids in which the next follows from the last, so that there is something to learn."""
-    first = torch.randint(0, VOCAB, (rows, 1), generator=torch.Generator().manual_seed(step))
-    columns = [first]
-    for _ in range(12):
-        columns.append((3 * columns[-1] + 1) % VOCAB)
-    return torch.cat(columns, 1)
-
-
-def start(model: nn.Module | None = None, **arguments: Any) -> LoQTEngine:
-    arguments.setdefault("config", settings())
-    return loqt_ds.initialize(model=Net() if model is None else model, **arguments)[0]
-
-
-def learn(engine: Any, num_steps: int) -> list[float]:
-    """Losses of the next steps, from the step the engine is at."""
-    losses = []
-    for _ in range(num_steps):
-        parts = []
-        for part in batch(engine.global_steps).chunk(engine.gradient_accumulation_steps()):
-            loss = engine(part)
-            engine.backward(loss)
-            engine.step()
-            parts.append(loss.item())
-        losses.append(sum(parts) / len(parts))
-    return losses
-
-
 def options_of(engine: LoQTEngine) -> dict[str, tuple[float, float]]:
     """(lr, weight_decay) of each trained parameter, as the optimizer has them."""
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
@@ -117,10 +51,6 @@ def options_of(engine: LoQTEngine) -> dict[str, tuple[float, float]]:
     for parameters, group in zip(engine.optimizer.bit16_groups, engine.optimizer.param_groups, strict=True):
         found |= {names[id(p)]: (group["lr"], group["weight_decay"]) for p in parameters}
     return found
-
-
-def held(engine: LoQTEngine) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in engine.module.state_dict().items()}
 
 
 # ---------------------------------------------------------------- the return value, and what DeepSpeed's users ask for
@@ -716,7 +646,7 @@ def test_weights_that_do_not_fit(meta: bool, weights: str | None, named: str) ->
         ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage=3 is not supported"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
         ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "offload_param"),
-        ({"fp16": {"enabled": True}}, "`fp16`"),
+        ({"amp": {"enabled": True}}, "`amp`"),
         ({"tensor_parallel": {"autotp_size": 2}}, "`tensor_parallel`"),
         ({"pipeline": {"stages": 2}}, "`pipeline`"),
         ({"compression_training": {"weight_quantization": {}}}, "`compression_training`"),
