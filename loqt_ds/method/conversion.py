@@ -249,9 +249,13 @@ def materialize(
             f"the buffer {unreal[0]} is on the meta device; build the model with its parameters there only "
             "(accelerate.init_empty_weights(include_buffers=False))"
         )
-    linears = target_linears(model, loqt.target_modules)
-    check_rank(linears, loqt.rank)
-    weights = source(model)
+
+    def prepare() -> tuple[dict[str, nn.Linear], WeightSource]:
+        linears = target_linears(model, loqt.target_modules)
+        check_rank(linears, loqt.rank)
+        return linears, source(model)
+
+    linears, weights = ranks.attempt(prepare)
     tied = _tied_head(model)
     shared: dict[int, nn.Parameter] = {}  # by the parameter on the meta device
 
