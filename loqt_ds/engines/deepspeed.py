@@ -291,6 +291,8 @@ class LoQTEngine(DeepSpeedEngine):
             "skipped_steps": self.skipped_steps,
             LAYOUT: self._state.layout(),
         }
+        if (scaler := self._loss_scaler()) is not None:
+            state["loss_scaler"] = {k: v for k, v in vars(scaler).items() if isinstance(v, bool | int | float)}
         if self._rates is None:
             groups = self.optimizer.param_groups
             state["groups"] = [
@@ -312,12 +314,20 @@ class LoQTEngine(DeepSpeedEngine):
         self.global_samples = self.global_steps * self.train_batch_size()
         self.skipped_steps = int(state.get("skipped_steps", 0))
         self.controller.load_state_dict(state["controller"])
+        if (scaler := self._loss_scaler()) is not None and "loss_scaler" in state:
+            vars(scaler).update(state["loss_scaler"])
         if self._rates is None and "groups" in state:
             for group, saved in zip(self.optimizer.param_groups, state["groups"], strict=True):
                 group.update(saved)
             if self.lr_scheduler is not None and state["lr_scheduler"] is not None:
                 self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         check_replicas(self.module, self.ranks)
+
+    def _loss_scaler(self) -> Any:
+        """What adapts the loss scale, where there is one (fp16)."""
+        if not self.fp16_enabled():
+            return None
+        return getattr(self.optimizer, "loss_scaler", None) or getattr(self.optimizer, "loss_scale_config", None)
 
     def masters(self) -> dict[str, Tensor]:
         return self._state.masters()

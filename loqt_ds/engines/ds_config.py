@@ -48,9 +48,7 @@ _HONOURED = (
     "csv_monitor",
 )
 _REFUSED = {
-    "fp16": "LoQT trains in bf16 or float32; use bf16",
-    "amp": "LoQT trains in bf16 or float32; use bf16",
-    "torch_autocast": "LoQT trains in bf16 or float32; use bf16",
+    "amp": "it casts modules that it does not know; use bf16, fp16 or torch_autocast",
     "data_types": "gradients are accumulated in the dtype of the parameters; remove it",
     "pipeline": "a layer's gradient must reach its owner whole; use data parallelism",
     "tensor_parallel": "a layer's weight must be whole on its rank; use data parallelism",
@@ -64,6 +62,8 @@ _REFUSED_WITH_RECIPE = {
     "activation_checkpointing": "set train.activation_checkpointing of the recipe instead",
     "data_efficiency": "batches come from the recipe's `data` section; remove it",
     "curriculum_learning": "batches come from the recipe's `data` section; remove it",
+    "fp16": "a recipe trains in bf16 or float32; remove it and set train.dtype",
+    "torch_autocast": "a recipe trains in bf16 or float32; remove it and set train.dtype",
 }
 _REFUSED_ZERO = {
     "offload_optimizer": "re-initialization rewrites optimizer states on the device; remove it",
@@ -108,7 +108,7 @@ def _check_sections(
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean `{close[0]}`?" if close else f"use some of {', '.join(known)}"
             raise ConfigError(f"{where}: `{name}` is not a section that is read; {hint}")
-    for name in ("zero_optimization", "bf16", "loqt", "optimizer", "scheduler"):
+    for name in ("zero_optimization", "bf16", "fp16", "torch_autocast", "loqt", "optimizer", "scheduler"):
         if not isinstance(given.get(name, {}), dict):
             raise ConfigError(f"{where}: {name}={given[name]!r} must be an object; see configs/zero2.json")
     zero = given.get("zero_optimization", {})
@@ -116,6 +116,11 @@ def _check_sections(
         raise ConfigError(
             f"{where}: zero_optimization.stage={zero.get('stage', 0)} is not supported: frozen weights are buffers, "
             "which stage 3 would not shard, and re-initialization would gather every layer; use 0, 1 or 2"
+        )
+    if given.get("fp16", {}).get("enabled") and not zero.get("stage", 0):
+        raise ConfigError(
+            f"{where}: fp16 with zero_optimization.stage=0: DeepSpeed 0.19.8 divides gradients by a loss scale that it "
+            "has not multiplied the loss with; use stage 1 or 2, or bf16"
         )
     for name, reason in _REFUSED_ZERO.items():
         if zero.get(name):
@@ -233,11 +238,19 @@ def _derived(given: dict[str, Any], config: Config, where: str) -> dict[str, Any
 # ---------------------------------------------------------------- of loqt_ds.initialize
 
 
+def parameter_dtype(ds_config: dict[str, Any]) -> torch.dtype:
+    """In which DeepSpeed keeps the trained parameters."""
+    if ds_config.get("fp16", {}).get("enabled"):
+        return torch.float16
+    return torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
+
+
 def plugin_config(config: str | Path | dict[str, Any]) -> tuple[Config, dict[str, Any]]:
     """Our options and DeepSpeed's configuration, from the JSON that `loqt_ds.initialize` was given (a path or an
     object).
 
-    `Config.train` holds the batch sizes, clipping and dtype of the JSON. Raises ConfigError as `check_deepspeed`.
+    `Config.train` holds the batch sizes and clipping of the JSON (of its dtype, whether it is bf16). Raises ConfigError
+    as `check_deepspeed`.
     """
     is_path = not isinstance(config, dict)
     where = f"config {config}" if is_path else "config"

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from loqt_ds.config import Config, ConfigError
 from loqt_ds.engines.deepspeed import LoQTEngine, start_distributed
-from loqt_ds.engines.ds_config import plugin_config, read_json
+from loqt_ds.engines.ds_config import parameter_dtype, plugin_config, read_json
 from loqt_ds.method.conversion import checkpoint_files, convert, initializer, loqt_layers, materialize
 from loqt_ds.ranks import Ranks
 
@@ -84,14 +84,18 @@ def initialize(
         raise ConfigError("dist_init_required=False, and there is no process group; start one, or leave it out")
     port = distributed_port if dist_init_required is not False else None
     ranks = start_distributed(timeout_seconds=_timeout_seconds(source), port=port)
-    ours, ds_config = plugin_config(source)
-    if lr_scheduler is not None and ours.optim.schedule != "constant":
-        raise ConfigError("lr_scheduler and loqt.max_steps both decide the learning rate; give one of them")
-    if optimizer is not None and _read(source).get("optimizer"):
-        raise ConfigError("optimizer is given, and the config has an `optimizer` section; give one of them")
-    _check_weights(model, weights)
-    named = _named_groups(model, optimizer, model_parameters)
-    model, original = _convert(model, ours, named, ranks, weights)
+
+    def check(model: nn.Module = model) -> tuple[Config, dict[str, Any], list[tuple[list[str], dict[str, Any]]]]:
+        ours, ds_config = plugin_config(source)
+        if lr_scheduler is not None and ours.optim.schedule != "constant":
+            raise ConfigError("lr_scheduler and loqt.max_steps both decide the learning rate; give one of them")
+        if optimizer is not None and _read(source).get("optimizer"):
+            raise ConfigError("optimizer is given, and the config has an `optimizer` section; give one of them")
+        _check_weights(model, weights)
+        return ours, ds_config, _named_groups(model, optimizer, model_parameters)
+
+    ours, ds_config, named = ranks.attempt(check)  # what one rank refuses, none goes on with
+    model, original = _convert(model, ours, ds_config, named, ranks, weights)
     engine = LoQTEngine(
         model,
         ours,
@@ -244,33 +248,37 @@ def _checked(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def _convert(
     model: nn.Module,
     config: Config,
+    ds_config: dict[str, Any],
     named: list[tuple[list[str], dict[str, Any]]],
     ranks: Ranks,
     weights: str | Path | None,
 ) -> tuple[nn.Module, Callable[[str], Tensor]]:
     """The converted model, and where its original weights can be had for the first initialization."""
-    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+    dtype = parameter_dtype(ds_config)
     if weights is not None:
         make = initializer(config.train.seed) if weights == "init" else checkpoint_files(weights, option="weights")
         model, source = materialize(
             _with_real_buffers(model), config.loqt, make, device=ranks.device, dtype=dtype, ranks=ranks
         )
         return model, source.weight
-    if config.train.dtype == "fp32":
-        for name, parameter in model.named_parameters():
-            if parameter.is_floating_point() and parameter.dtype != torch.float32:
-                raise ConfigError(
-                    f'{name} is {parameter.dtype}, but the config does not say "bf16": {{"enabled": true}}; say so, or '
-                    "give the model in float32"
-                )
+    ranks.attempt(lambda: _check_dtype(model, dtype))
     model.to(ranks.device)
     for parameter in model.parameters():
         # Each rank quantizes for itself: what it quantizes must be the same.
         whole = parameter.data.contiguous()
         ranks.broadcast(whole, 0)
         parameter.data.copy_(whole)
-    originals = convert(model, config.loqt)
+    originals = ranks.attempt(lambda: convert(model, config.loqt))
     return model, originals.pop  # let go as they are used
+
+
+def _check_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    for name, parameter in model.named_parameters():
+        if dtype == torch.float32 and parameter.is_floating_point() and parameter.dtype != dtype:
+            raise ConfigError(
+                f'{name} is {parameter.dtype}, but the config does not say "bf16": {{"enabled": true}}; say so, or '
+                "give the model in float32"
+            )
 
 
 def _with_real_buffers(model: nn.Module) -> nn.Module:

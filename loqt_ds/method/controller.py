@@ -265,6 +265,8 @@ class Controller:
             current = self._current
             assert current is not None
             started = time.perf_counter()
+            if dy.dtype == torch.float16:  # its range is too small for products of scaled gradients
+                dy, x = dy.float(), x.float()
             inner, outer = (x, dy) if layer.side == "right" else (dy, x)  # (T, k), (T, l)
             gathered = current.gathered.get(name)
             if gathered is None:
