@@ -225,7 +225,7 @@ def _compare_batch(checkpoint: Checkpoint, config: Config, world_size: int, say:
     now = train.micro_batch_size * train.gradient_accumulation_steps * world_size
     if now == before:
         if world_size != saved_ranks:
-            say(f"{checkpoint.path} was written by {_count(saved_ranks)}; {_count(world_size)} go on with it")
+            say(f"{checkpoint.path} was written by {_count(saved_ranks)}; the run goes on with {_count(world_size)}")
         return
     rule = "train.micro_batch_size × train.gradient_accumulation_steps × ranks"
     share = before // world_size

@@ -32,10 +32,10 @@ def start(arguments: list[str], *, log: Path, deepspeed: bool = False, **variabl
     return process
 
 
-def run_ranks(arguments: list[list[str]], *, folder: Path, port: int | None = None) -> tuple[list[int], list[str]]:
+def run_ranks(arguments: list[list[str]], *, folder: Path) -> tuple[list[int], list[str]]:
     """Runs one process of `launch/pretrain.py` for each list of arguments, as ranks of one run, to the end; statuses
     and what was printed, by rank."""
-    port = free_port() if port is None else port
+    port = free_port()
     logs = [folder / f"rank_{rank}.log" for rank in range(len(arguments))]
     processes = [
         start(
