@@ -162,11 +162,15 @@ def _complete(given: dict[str, Any], config: Config, where: str) -> dict[str, An
     tried = dict(complete)
     if not torch.distributed.is_initialized() and "train_micro_batch_size_per_gpu" in tried:
         tried.pop("train_batch_size", None)  # DeepSpeed would take this process for the only one
+    _resolved(tried, where)
+    return complete
+
+
+def _resolved(complete: dict[str, Any], where: str) -> DeepSpeedConfig:
     try:
-        DeepSpeedConfig(tried)
+        return DeepSpeedConfig(complete)
     except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:  # what its sections raise
         raise ConfigError(f"{where}: DeepSpeed refuses it: {' '.join(str(error).split())}") from error
-    return complete
 
 
 # ---------------------------------------------------------------- with a recipe
@@ -258,7 +262,11 @@ def plugin_config(config: str | Path | dict[str, Any]) -> tuple[Config, dict[str
     _check_sections(
         given, where, refused=_REFUSED, honoured=(*_HONOURED, *_REFUSED_WITH_RECIPE, "zero_force_ds_cpu_optimizer")
     )
+    _refuse_auto({name: value for name, value in given.items() if name != "zero_optimization"}, where)
     section = dict(given.get("loqt", {}))
+    for name, part in (("loqt.optim", section.get("optim", {})), ("optimizer.params", _params(given))):
+        if not isinstance(part, dict):
+            raise ConfigError(f"{where}: {name}={part!r} must be an object")
     options = {name: section.pop(name) for name in _PLUGIN_OPTIONS if name in section}
     optim = _optim_section(given, dict(options.pop("optim", {})), where, scheduled="max_steps" in options)
     train = options | {
@@ -270,10 +278,24 @@ def plugin_config(config: str | Path | dict[str, Any]) -> tuple[Config, dict[str
     validate_training(ours)
     without = {name: value for name, value in given.items() if name != "optimizer"}
     complete = _complete(without, ours, where)
-    resolved = DeepSpeedConfig(complete)
+    resolved = _resolved(complete, where)
     ours.train.micro_batch_size = resolved.train_micro_batch_size_per_gpu
     ours.train.gradient_accumulation_steps = resolved.gradient_accumulation_steps
     return ours, complete
+
+
+def _params(given: dict[str, Any]) -> Any:
+    return given.get("optimizer", {}).get("params", {})
+
+
+def _refuse_auto(given: dict[str, Any], where: str, *, inside: str = "") -> None:
+    """Refuses the value "auto", which the Trainer of transformers fills in, and which is true in an `if`. (In the
+    section of ZeRO DeepSpeed takes its default.)"""
+    for name, value in given.items():
+        if isinstance(value, dict):
+            _refuse_auto(value, where, inside=f"{inside}{name}.")
+        elif value == "auto" and not inside.startswith("loqt."):  # there it is a value: loqt.subspace=auto
+            raise ConfigError(f'{where}: {inside}{name}="auto": there is no recipe to take it from; give a value')
 
 
 def _optim_section(given: dict[str, Any], optim: dict[str, Any], where: str, *, scheduled: bool) -> dict[str, Any]:
@@ -291,7 +313,7 @@ def _optim_section(given: dict[str, Any], optim: dict[str, Any], where: str, *, 
     section = given.get("optimizer")
     if not section:
         return optim
-    kind, params = section.get("type"), dict(section.get("params", {}))
+    kind, params = section.get("type"), dict(_params(given))
     if str(kind).lower() not in [name.lower() for name in _OPTIMIZERS]:
         raise ConfigError(
             f"{where}: optimizer.type={kind} cannot be honoured: B is trained by Adam in 8 or 32 bits "
