@@ -49,8 +49,8 @@ RECIPES = ("llama_130m", "llama_350m", "llama_1b", "llama_7b")  # by the formula
 NUM_TOKENS = 16  # of a micro-batch; no byte counted here depends on it, or on loqt.compensation_steps
 STEPS = ("first", "ordinary", "reinit", "accumulated")
 OPTIONS = """
-    loqt.schedule=static loqt.interval=2 loqt.compensation_steps=1 optim.name=adamw8bit train.device=cpu train.micro_batch_size=1
-    train.max_steps=100 data.sequence_length=16
+    loqt.schedule=static loqt.interval=2 loqt.compensation_steps=1 optim.name=adamw8bit train.device=cpu
+    train.micro_batch_size=1 train.max_steps=100 data.sequence_length=16
 """
 
 PURPOSES = {
@@ -574,7 +574,9 @@ Random tokens, real processes over gloo. **Payload** of an exchange: the tensor 
 the gathered result of an all_gather; the same on every rank, whatever their number (but for padding). What a rank sends
 for a payload S over N ranks is the backend's affair: at best, averaged over the ranks, 2 S (N − 1)/N for an all_reduce
 and S (N − 1)/N for the others. A ring does that; so does a tree on average, but its busiest rank sends more. Formulas
-are made from shapes alone; MB are 10^6 bytes."""
+are made from shapes alone; MB are 10^6 bytes. Trained in full are embeddings, head and norms: they are most of a small
+model, and next to nothing of a large one (last table).
+"""
 MEMORY_TEXT = """\
 Bytes per trained parameter that the fullest rank keeps between two micro-batches: live tensors, in brackets the
 formula. Apart from these: W and P, whole on every rank; during the update, the partition's gradient cast for the
@@ -584,8 +586,9 @@ bf16), however small the model is, at stage 1 between micro-batches too."""
 FORMULA_TEXT = """\
 Not run. The formulas are those that hold to the byte above. ZeRO-2, one micro-batch a step, bf16; payload."""
 CHECK_TEXT = """\
-Headers and the process group's own messages are in the loopback's bytes. gloo's reduce is no ring to one rank (it
-scatters sums and then gathers them), and sends more than needed; that is what re-initializations show."""
+In the loopback's bytes are headers, the process group's own messages, and what other programs send: none, if it is one
+of its own (`unshare -rn sh -c 'ip link set lo up; python tools/measure_ranks.py'`). gloo's reduce scatters sums over all
+ranks and then gathers them on one, and so sends more than needed; that is what re-initializations show."""
 
 
 def find(results: Sequence[dict[str, Any]], case: Case, world_size: int) -> dict[str, Any] | None:
@@ -657,7 +660,25 @@ def bytes_tables(results: Sequence[dict[str, Any]]) -> list[str]:
             cells.append(f"{size:,}{same}: {kinds}" if kinds else "")
         if any(cells):
             details.append([label, *cells])
-    return [*table(head, rows), *table([f"payload bytes, {n} ranks", *columns], details)]
+    return [*table(head, rows), *table([f"payload bytes, {n} ranks", *columns], details), *beyond_design(results, n)]
+
+
+def beyond_design(results: Sequence[dict[str, Any]], world_size: int) -> list[str]:
+    """How much of a re-initialization is what it is for: sums of gradients or sketches; W, P and B."""
+    lines = []
+    for label, (case, name) in SERIES.items():
+        result = find(results, case, world_size)
+        if name != "reinit" or result is None:
+            continue
+        found = purposes(of_step(result, name))
+        added = sum(size for purpose, size in found.items() if purpose not in ("gradients", "parameters", "norms"))
+        named = sum(found.get(purpose, 0) for purpose in ("sums", "w", "p", "factors"))
+        rest = [PURPOSES[purpose] for purpose in ("columns", "masters", "moments") if found.get(purpose)]
+        lines.append(
+            f"- {label}: adds {added / MB:.2f} MB to an ordinary step; {named / added:.0%} are the sums, W, P and B, the "
+            f"rest: {'; '.join(rest)}; messages."
+        )
+    return [*lines, ""]
 
 
 def memory_table(results: Sequence[dict[str, Any]]) -> list[str]:
@@ -676,10 +697,11 @@ def memory_table(results: Sequence[dict[str, Any]]) -> list[str]:
             + [str(result["world_size"]), *cells, f"{measured / MB:.1f}", ratio(measured, sum(expected.values()))]
             + [f"{(parts['w'] + parts['p']) / MB:.1f}", f"{sum(parts[name] for name in KEPT) / MB:.1f}"]
             + [f"{parts['gradients cast'] / trained:.3f}", f"{parts['gathered'] / MB:.1f}"]
+            + [f"{parts['bucket when reduced'] / MB:.0f}"]
         )
     rows.sort(key=lambda row: (row[0] != "LoQT", ["bf16", "bf16 masters", "fp32"].index(row[1]), -int(row[2]), row[3]))
     head = ["model", "precision", "stage", "ranks", "weights", "masters", "moments", "gradients", "sum, MB", "ratio"]
-    return table([*head, "W + P, MB", "kept, MB", "cast in the update", "gathered, MB"], rows)
+    return table([*head, "W + P, MB", "kept, MB", "cast in the update", "gathered, MB", "bucket, MB"], rows)
 
 
 def by_formula() -> dict[str, dict[str, int]]:
