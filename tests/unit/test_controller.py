@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import effective_weight, relative
+from helpers import as_ranks, effective_weight, relative
 from torch import Tensor, nn
 
 from loqt_ds.config import LoQTConfig
 from loqt_ds.core.quantization import dequantize, quantize
 from loqt_ds.method import controller as controller_module
-from loqt_ds.method.controller import Controller, ReinitReport
+from loqt_ds.method.controller import Controller, ReinitReport, assign_owners
 from loqt_ds.method.conversion import convert, loqt_layers
 from loqt_ds.method.linear import LoQTLinear
+from loqt_ds.ranks import ALONE, Ranks
 
 RANK = 6
 
@@ -54,7 +55,7 @@ class Store:
 class Fixture:
     """Two layers of opposite sides, neither dividing by 64: 0 is (53, 40), right; 2 is (40, 53), left."""
 
-    def __init__(self, *, with_original: bool = True, seed: int = 0, **options: Any) -> None:
+    def __init__(self, *, with_original: bool = True, seed: int = 0, ranks: Ranks = ALONE, **options: Any) -> None:
         generator = torch.Generator().manual_seed(5)
         self.model = nn.Sequential(nn.Linear(40, 53), nn.Tanh(), nn.Linear(53, 40))
         with torch.no_grad():
@@ -72,6 +73,7 @@ class Fixture:
             self.store,
             original=self.originals.__getitem__ if with_original else None,
             seed=seed,
+            ranks=ranks,
         )
 
     def inputs(self, step: int, num_tokens: int = 64) -> Tensor:
@@ -607,3 +609,112 @@ def test_state_is_json_and_comes_back():
     for f in (one, two):
         assert f.step(3) is not None  # overdue, and not a first initialization any more
     assert same(one.bytes(), two.bytes())
+
+
+# ---------------------------------------------------------------- owners and rounds
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
+def test_every_layer_has_an_owner_and_loads_differ_by_the_largest_cost_at_most(seed, world_size):
+    draw = np.random.default_rng(seed)
+    names = [f"layer{i}" for i in range(int(draw.integers(1, 40)))]
+    # A few sizes that repeat, as in a model, or all different.
+    sizes = [3.0, 50.0, 400.0] if seed % 2 else list(draw.uniform(1, 1000, len(names)))
+    costs = {name: float(draw.choice(sizes)) for name in names}
+    owners = assign_owners(costs, world_size)
+    assert owners.keys() == costs.keys() and set(owners.values()) <= set(range(world_size))
+    loads = [sum(cost for name, cost in costs.items() if owners[name] == rank) for rank in range(world_size)]
+    assert max(loads) - min(loads) <= max(costs.values()) * (1 + 1e-12)
+    assert assign_owners(dict(costs), world_size) == owners, "all ranks agree"
+
+
+class Alone(Ranks):
+    """One of several ranks, as far as the plan of work is concerned."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size, self.device = rank, world_size, torch.device("cpu")
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("subspace", ["gram", "sketch"])
+def test_rounds_hold_every_layer_once_and_an_owner_at_most_once_each(world_size, subspace):
+    shapes = [(40, 53), (53, 40), (16, 16), (70, 20), (33, 90), (90, 33), (20, 20)]
+    model = nn.ModuleList([nn.Linear(*shape) for shape in shapes])
+    options = LoQTConfig(rank=RANK, subspace=subspace)
+    convert(model, options)
+    layers = loqt_layers(model)
+    plans = []
+    for rank in range(world_size):
+        ranks = Alone(rank, world_size)
+        plans.append(Controller(layers, options, Store(layers), original=None, seed=0, ranks=ranks))
+    rounds, owners = plans[0]._rounds, plans[0].owners
+    assert all(plan._rounds == rounds and plan.owners == owners for plan in plans), "all ranks make the same plan"
+    assert sorted(name for names in rounds for name in names) == sorted(layers)
+    for names in rounds:
+        assert len({owners[name] for name in names}) == len(names)
+    assert len(rounds) == max(list(owners.values()).count(rank) for rank in range(world_size))
+    assert len(set(owners.values())) == min(world_size, len(layers))
+    # Each rank goes through its layers from the costliest to the cheapest, so that costly ones meet.
+    costs = {name: plans[0]._cost(layer) for name, layer in layers.items()}
+    for rank in range(world_size):
+        mine = [costs[name] for names in rounds for name in names if owners[name] == rank]
+        assert mine == sorted(mine, reverse=True)
+
+
+def test_a_larger_layer_costs_more():
+    f = Fixture()
+    model = nn.ModuleList([nn.Linear(40, 53), nn.Linear(80, 106)])
+    convert(model, f.options)
+    small, large = loqt_layers(model).values()
+    for subspace in ("exact", "gram", "sketch"):
+        f.controller.options.subspace = subspace
+        assert 0 < 2 * f.controller._cost(small) < f.controller._cost(large)
+
+
+@pytest.mark.parametrize("state", ["keep", "reset", "project"])
+@pytest.mark.parametrize("method", ["exact", "gram"])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_with_parts_of_the_batch_make_what_one_makes_of_all(world_size, method, state):
+    """W and P bit for bit on all ranks; P and B those of one process that saw every row."""
+    size = 24 * world_size
+
+    def steps(f: Fixture, part: slice, share: float) -> list[dict[str, Any]]:
+        def loss(x: Tensor) -> Tensor:  # rows do not meet, so that sums over parts are sums over rows
+            return (f.model(x) - torch.ones(40)).square().mean()
+
+        f.loss = loss
+        records = []
+        for step in (0, 2, 4):
+            if step:
+                f.move(0.05, seed=step)
+            if step == 2:
+                f.fill_moments()
+            report = f.step(step, xs=[f.inputs(step, size)[part]], scale=share)
+            records.append(report.record())
+        return records
+
+    alone = Fixture(subspace=method, quantize_p="none", quantize_w="none", optimizer_state=state)
+    expected = steps(alone, slice(None), 1.0)
+
+    def train(ranks: Ranks) -> tuple[Fixture, list[dict[str, Any]]]:
+        f = Fixture(subspace=method, quantize_p="none", quantize_w="none", optimizer_state=state, ranks=ranks)
+        part = slice(24 * ranks.rank, 24 * (ranks.rank + 1))
+        return f, steps(f, part, 1 / world_size)
+
+    results = as_ranks(world_size, train)
+    first = results[0][0]
+    for f, _ in results:
+        assert same(f.bytes(), first.bytes())
+        for name, layer in f.layers.items():
+            assert np.linalg.norm(projector(layer) - projector(alone.layers[name])) < 1e-3
+            assert relative(layer.effective_weight(), alone.layers[name].effective_weight()) < 1e-4
+            assert (name in f.store.kept) == (name in alone.store.kept)
+            if name in f.store.kept:
+                for index in (0, 1):
+                    assert torch.equal(f.store.kept[name][index], first.store.kept[name][index])
+    for _, records in results:
+        for record, wanted in zip(records, expected, strict=True):
+            for layer, other in zip(record["layers"], wanted["layers"], strict=True):
+                assert layer["name"] == other["name"] and layer["kept"] is None
+                assert layer["captured_energy"] == pytest.approx(other["captured_energy"], rel=1e-3)
