@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from killable import run_ranks
 from workshop import REPOSITORY, TINY, Workshop, command, events, losses, main, write_corpus
 
 from loqt_ds.config import load_config
@@ -113,12 +114,28 @@ def test_the_twins_keep_what_makes_recipes_different() -> None:
 
 
 @pytest.mark.parametrize("ds_config", DEEPSPEED, ids=lambda path: path.stem)
-def test_a_deepspeed_configuration_runs_under_the_real_launcher(
-    ds_config: Path, workshop: Workshop, tmp_path: Path
-) -> None:
-    """Also that a stranger's terminal gets nothing odd from the program itself, and that it starts while another run
-    has the launcher's port."""
-    assert json.loads(ds_config.read_text(encoding="utf-8"))["zero_optimization"]["stage"] in (1, 2)
+def test_a_deepspeed_configuration_runs_on_two_ranks(ds_config: Path, workshop: Workshop, tmp_path: Path) -> None:
+    """Through to a reloaded export; with buckets a ten-thousandth as large, so that there are several in a step."""
+    content = json.loads(ds_config.read_text(encoding="utf-8"))
+    zero = content["zero_optimization"]
+    assert zero["stage"] in (1, 2) and zero["overlap_comm"] is (ds_config.stem == "zero2_overlap")
+    zero |= {name: value // 10_000 for name, value in zero.items() if name.endswith("_bucket_size")}
+    twin_of_it = tmp_path / ds_config.name
+    twin_of_it.write_text(json.dumps(content), encoding="utf-8")
+    run = tmp_path / "run"
+    options = {"output_dir": run, "export__format": "nf4", "train__max_steps": 6, "train__micro_batch_size": 2}
+    arguments = ["--ds_config", str(twin_of_it), *workshop.overrides(**options)]
+    statuses, printed = run_ranks([arguments] * 2, folder=tmp_path)
+    assert statuses == [0, 0], printed
+    assert sorted(losses(run)) == [1, 2, 3, 4, 5, 6] and len(events(run, "reinit")) == 2
+    (export,) = events(run, "export")
+    assert export["perplexity"] == pytest.approx(export["perplexity_trained"], rel=0.1)
+
+
+def test_the_real_launcher(workshop: Workshop, tmp_path: Path) -> None:
+    """One process; a stranger's terminal gets nothing odd from the program itself, and it starts while another run has
+    the launcher's port."""
+    ds_config = REPOSITORY / "configs" / "zero2.json"
     run = tmp_path / "run"
     values = {"model.shape": workshop.shape, "data.path": workshop.corpus} | TINY
     values |= {"output_dir": run, "export.format": "nf4", "eval.num_samples": 1, "eval.sample_tokens": 4}

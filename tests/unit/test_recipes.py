@@ -91,3 +91,12 @@ def test_the_default_recipe_re_initializes_several_times() -> None:
     schedule = ReinitSchedule(loqt.schedule, loqt.interval, loqt.growth, loqt.max_gap)
     assert len(list(schedule.steps(config.train.max_steps))) >= 4
     assert config.data.path is None and config.data.name is None and config.data.tokenizer is None
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_key_of_a_deepspeed_configuration_is_explained(path: Path) -> None:
+    explained = (CONFIGS / "README.md").read_text(encoding="utf-8")
+    assert f"| {path.name} |" in explained
+    for name, value in json.loads(path.read_text(encoding="utf-8")).items():
+        for key in [f"{name}.{inner}" for inner in value] if isinstance(value, dict) else [name]:
+            assert f"| {key} |" in explained, key
