@@ -587,8 +587,8 @@ FORMULA_TEXT = """\
 Not run. The formulas are those that hold to the byte above. ZeRO-2, one micro-batch a step, bf16; payload."""
 CHECK_TEXT = """\
 In the loopback's bytes are headers, the process group's own messages, and what other programs send: none, if it is one
-of its own (`unshare -rn sh -c 'ip link set lo up; python tools/measure_ranks.py'`). gloo's reduce scatters sums over all
-ranks and then gathers them on one, and so sends more than needed; that is what re-initializations show."""
+of its own (`unshare -rn sh -c 'ip link set lo up; python tools/measure_ranks.py'`). gloo's reduce scatters sums over
+all ranks and then gathers them on one, and so sends more than needed; that is what re-initializations show."""
 
 
 def find(results: Sequence[dict[str, Any]], case: Case, world_size: int) -> dict[str, Any] | None:
@@ -675,8 +675,8 @@ def beyond_design(results: Sequence[dict[str, Any]], world_size: int) -> list[st
         named = sum(found.get(purpose, 0) for purpose in ("sums", "w", "p", "factors"))
         rest = [PURPOSES[purpose] for purpose in ("columns", "masters", "moments") if found.get(purpose)]
         lines.append(
-            f"- {label}: adds {added / MB:.2f} MB to an ordinary step; {named / added:.0%} are the sums, W, P and B, the "
-            f"rest: {'; '.join(rest)}; messages."
+            f"- {label}: adds {added / MB:.2f} MB to an ordinary step. {named / added:.0%} are the sums, W, P and B; "
+            f"the rest: {'; '.join(rest)}; messages."
         )
     return [*lines, ""]
 
@@ -797,31 +797,32 @@ def plot(record: dict[str, Any], output: Path) -> None:
     from matplotlib import pyplot
 
     shapes = record["results"]
+    colors = {name: pyplot.get_cmap("tab20")(number) for number, name in enumerate(PURPOSES)}
+    shown: dict[str, Any] = {}
     figure, axes = pyplot.subplots(1, len(shapes), figsize=(6 * len(shapes), 5), layout="constrained", squeeze=False)
-    labels = [label for label in SERIES if label != "LoQT, the first initialization"]
     for ax, (shape, results) in zip(axes[0], shapes.items(), strict=True):
         n = min(result["world_size"] for result in results if result["world_size"] > 1)
-        bottom = [0.0] * len(labels)
+        found = {
+            label: purposes(of_step(result, name))
+            for label, (case, name) in SERIES.items()
+            if name != "first" and (result := find(results, case, n)) is not None
+        }
+        bottom = [0.0] * len(found)
         for name, label in PURPOSES.items():
-            heights = []
-            for column in labels:
-                case, step_name = SERIES[column]
-                result = find(results, case, n)
-                heights.append(purposes(of_step(result, step_name)).get(name, 0) / MB if result else 0.0)
+            heights = [sizes.get(name, 0) / MB for sizes in found.values()]
             if max(heights) > 0.001 * max(bottom):
-                ax.bar(labels, heights, bottom=bottom, label=label)
+                shown[label] = ax.bar(list(found), heights, bottom=bottom, color=colors[name])
             bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-        ax.set_xticks(range(len(labels)), [label.replace(", ", ",\n").replace(" by", "\nby") for label in labels])
+        ax.set_xticks(range(len(found)), [label.replace(", ", ",\n").replace(" by", "\nby") for label in found])
         ax.tick_params(axis="x", labelsize=8)
         ax.set(title=f"{shape}, ZeRO-2, bf16", ylabel="payload of a step, MB")
-    handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=8)
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=2 * len(shapes), fontsize=8)
     figure.savefig(output / "bytes.png", dpi=110)
     figure, axes = pyplot.subplots(1, len(shapes), figsize=(6 * len(shapes), 4.5), layout="constrained", squeeze=False)
     for ax, (shape, results) in zip(axes[0], shapes.items(), strict=True):
         worlds = sorted({result["world_size"] for result in results})
         columns = [(case, n) for case in (Case("loqt"), Case("dense")) for n in worlds]
-        ticks = [f"{'LoQT' if case.method == 'loqt' else 'full rank'}\n{n} ranks" for case, n in columns]
+        ticks = [f"{'LoQT' if case.method == 'loqt' else 'full rank'}\n{n} rank{'s' * (n > 1)}" for case, n in columns]
         bottom = [0.0] * len(columns)
         for name, label in KEPT.items():
             heights = []
