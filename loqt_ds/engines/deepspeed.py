@@ -348,11 +348,14 @@ class LoQTEngine(DeepSpeedEngine):
     ) -> bool:
         """Saves SAVE_DIR/TAG (step_N without a tag), whole or not at all; any number of ranks can go on from it.
 
-        `client_state` is JSON. Raises ValueError for one that is not, and for options that the format does not have.
+        `client_state` is JSON. Raises ValueError for one that is not, for options that the format does not have, and
+        within a step.
         """
         if not save_latest or exclude_frozen_parameters:
             option = "exclude_frozen_parameters=True" if exclude_frozen_parameters else "save_latest=False"
             raise ValueError(f"save_checkpoint: {option}: a checkpoint is whole, and `latest` names the newest")
+        if self._in_step:
+            raise ValueError("save_checkpoint: a step has begun; save after the engine.step() of its last micro-batch")
         self.ranks.attempt(lambda: _check_json(client_state))
         metadata = {
             "config": self._loqt_config.to_dict(),
