@@ -18,7 +18,7 @@ from types import ModuleType
 import pytest
 import torch
 from safetensors.torch import load_file
-from workshop import Result, command
+from workshop import REPOSITORY, Result, command
 
 from loqt_ds.engines.deepspeed import LoQTEngine, start_distributed
 
@@ -127,6 +127,26 @@ def check_export(engine: LoQTEngine, script: ModuleType, output: Path) -> None:
     with torch.no_grad():
         expected = engine.module(inputs.to(engine.device), targets.to(engine.device)).item()
         assert model(inputs, targets).item() == pytest.approx(expected, rel=2e-3)
+
+
+# ---------------------------------------------------------------- README
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("block", re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S))
+def test_the_code_in_readme_runs(block: str, tmp_path: Path) -> None:
+    """As a file, with `python` alone; the model it exports is the one it trained."""
+    (tmp_path / "script.py").write_text(block, encoding="utf-8")
+    done = command(sys.executable, "script.py", cwd=tmp_path, timeout=300, DS_ACCELERATOR="cpu").ok()
+    found = [float(line.split()[1]) for line in done.output.splitlines() if re.fullmatch(r"\d+ \d\.\d+", line)]
+    assert len(found) == 100 and sum(found[-5:]) < 0.5 * sum(found[:5])
+    assert (tmp_path / "saves" / "latest").is_file()
+    model = torch.nn.Sequential(torch.nn.Linear(63, 171), torch.nn.GELU(), torch.nn.Linear(171, 63))
+    tensors = load_file(tmp_path / "exported" / "model.safetensors")
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    x = torch.randn(500, 63)
+    assert (model(x) - x.roll(1, dims=1)).square().mean().item() == pytest.approx(sum(found[-5:]) / 5, rel=0.1)
 
 
 # ---------------------------------------------------------------- under launchers
