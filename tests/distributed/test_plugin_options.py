@@ -516,18 +516,20 @@ def test_gradients_without_sums_over_the_ranks_are_gathered_whole() -> None:
     assert losses == pytest.approx(expected, rel=1e-5)
 
 
-def test_autocast() -> None:
-    """float32 parameters, bf16 products: as with plain DeepSpeed, the loss is close to that without."""
-    engine, exact = start(), start()
-    expected = learn(exact, 12)
+@pytest.mark.parametrize("by_json", [False, True])
+def test_autocast(by_json: bool) -> None:
+    """float32 parameters, bf16 products, asked for in the script or in the JSON: the loss is close to that without."""
+    section = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}} if by_json else {}
+    engine = start(config=settings(**section))
+    expected = learn(start(), 12)
     losses = []
     for step in range(12):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not by_json):
             loss = engine(batch(step))
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
-    assert losses == pytest.approx(expected, rel=0.03)
+    assert losses == pytest.approx(expected, rel=0.03) and losses != expected
     assert engine.module.up.B.dtype == torch.float32
 
 
