@@ -17,6 +17,7 @@ import bitsandbytes
 import deepspeed
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
 from helpers import llama_config, lm_loss, token_batch
 from plain_net import ROWS, Net, batch, held, learn, settings, start
@@ -540,6 +541,55 @@ def test_bf16(given: torch.dtype) -> None:
     assert {p.dtype for p in engine.module.parameters()} == {torch.bfloat16}
     losses = learn(engine, 30)
     assert losses[-1] < 0.75 * losses[0]
+
+
+@pytest.fixture
+def cpu_with_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed asks for matrix units before it trains in fp16 on a CPU; torch computes it without."""
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda _: True)
+
+
+FP16 = {"enabled": True, "initial_scale_power": 24, "loss_scale_window": 4, "hysteresis": 1}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("subspace", ["exact", "sketch"])
+def test_loss_scaling_skips_and_goes_on(stage: int, subspace: str, cpu_with_fp16: None) -> None:
+    """The first scales overflow: those steps change nothing, and the re-initialization waits for one that does not."""
+    loqt = {"subspace": subspace} | ({"sketch_oversampling": 4} if subspace == "sketch" else {})
+    given = settings(zero_optimization={"stage": stage}, fp16=FP16, loqt=loqt)
+    engine = start(config=given)
+    before = held(engine)
+    reports: list[Any] = []
+    for step in range(40):
+        engine.backward(engine(batch(step)))
+        reports.append(engine.step())
+        if not any(report.applied for report in reports):
+            assert all(torch.equal(tensor, before[name]) for name, tensor in held(engine).items())
+    first = next(index for index, report in enumerate(reports) if report.applied)
+    assert 0 < first < 20 and engine.skipped_steps == sum(not report.applied for report in reports) >= first
+    assert reports[first].reinit is not None, "it was due since step 0"
+    assert all(layer.kept is None for layer in reports[first].reinit.layers)
+    assert {p.dtype for p in engine.module.parameters()} == {torch.float16}
+    assert all(0 < layer.captured_energy <= 1.0001 for layer in reports[first].reinit.layers)
+    assert learn(engine, 10)[-1] < 0.85 * learn(start(config=given), 1)[0]
+
+
+def test_the_loss_scale_goes_on_from_a_checkpoint(cpu_with_fp16: None, tmp_path: Path) -> None:
+    engine = start(config=settings(fp16=FP16))
+    learn(engine, 25)
+    engine.save_checkpoint(tmp_path)
+    expected = learn(engine, 8)
+    other = start(Net(seed=3), config=settings(fp16=FP16))
+    other.load_checkpoint(tmp_path)
+    assert other.optimizer.loss_scale < 2**24
+    assert learn(other, 8) == expected and other.optimizer.loss_scale == engine.optimizer.loss_scale
+    assert other.skipped_steps == engine.skipped_steps > 0
+
+
+def test_loss_scaling_at_stage_0_is_refused(cpu_with_fp16: None) -> None:
+    with pytest.raises(ConfigError, match=r"fp16 with zero_optimization.stage=0.*stage 1 or 2"):
+        start(config=settings(fp16=FP16, zero_optimization={"stage": 0}))
 
 
 def test_a_bf16_model_without_the_section_is_refused() -> None:
