@@ -21,11 +21,14 @@ Say = Callable[[str], None]
 
 
 def collect(run: Run) -> Finished:
-    """What rank 0 needs of the others to `finish`. Collective, and the last one of a run."""
+    """What rank 0 needs of the others to `finish`; frees the rest. Collective, and the last one of a run."""
     ranks = run.engine.ranks
     output = ranks.on_main(lambda: _export_directory(run))
-    # The optimizer's memory makes room for the reloaded model; masters wait on the host.
     masters = {name: tensor.cpu() for name, tensor in run.engine.masters().items()} if output is not None else {}
+    # The optimizer's memory makes room for the reloaded model; masters wait on the host.
+    run.engine.release()
+    if run.engine.device.type == "cuda":
+        torch.cuda.empty_cache()
     return Finished(output, masters)
 
 
@@ -73,9 +76,6 @@ def _export(run: Run, trained: Evaluation, finished: Finished, say: Say) -> nn.M
     if output is None:
         say(f"{run.directory} holds an export of this step already: nothing was trained since, nothing is written")
         return run.engine.network
-    run.engine.release()
-    if run.engine.device.type == "cuda":
-        torch.cuda.empty_cache()
     report = export_model(
         run.engine.network,
         model_config=run.model_config,

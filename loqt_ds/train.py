@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from loqt_ds.config import Config, ConfigError, help_text, load_config
+from loqt_ds.config import Config, help_text, load_config
 
 if TYPE_CHECKING:
     from loqt_ds.failures import Voice
@@ -84,6 +84,11 @@ def main(arguments: Sequence[str] | None = None, *, deepspeed: bool = False) -> 
     set_environment()
     from loqt_ds.stopping import sigterm_raises
 
+    if not deepspeed and _num_processes() > 1:
+        with _only_the_first_speaks():
+            text = f"WORLD_SIZE={_num_processes()}: `python -m loqt_ds.train` runs in one process; start one, or "
+            print(f"error: {text}launch/pretrain.py with --ds_config in several", file=sys.stderr)
+        return USAGE_ERROR
     with sigterm_raises():
         try:
             config, problem = _read(options)
@@ -149,6 +154,7 @@ def _run(
     options: argparse.Namespace, config: Config, problem: Exception | None, voice: Voice, *, deepspeed: bool
 ) -> int:
     from torch import OutOfMemoryError
+    from torch.distributed import destroy_process_group
 
     from loqt_ds.engines.base import ReplicaMismatch
     from loqt_ds.finish import collect, finish
@@ -158,10 +164,6 @@ def _run(
 
     run: Run | None = None
     try:
-        if not deepspeed and _num_processes() > 1:
-            raise ConfigError(
-                f"WORLD_SIZE={_num_processes()}: `python -m loqt_ds.train` runs in one process; start one"
-            )
         voice.ranks.agree(problem)
         run = prepare(config, ds_config=options.ds_config if deepspeed else None, voice=voice)
         voice.advice = run.trainer.last_checkpoint
@@ -169,6 +171,8 @@ def _run(
             trained = run.trainer.fit()
             finished = collect(run)
             voice.close()
+            if voice.ranks.world_size > 1:
+                destroy_process_group()  # before rank 0 is left alone
             if voice.ranks.is_main:
                 finish(run, trained, finished, say=run.logger.say)
         return 0

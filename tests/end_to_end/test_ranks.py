@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from killable import free_port, run_ranks
-from workshop import PRETRAIN, REPOSITORY, ZERO2, Workshop, command, events, losses
+from workshop import PRETRAIN, REPOSITORY, ZERO2, Workshop, command, events, losses, records, write_corpus
 
 # Re-initializations before updates 0, 4 and 9: from step 5 on, update 4 has been made and 9 has not.
 STEPS: dict[str, Any] = {
@@ -112,6 +112,22 @@ def test_rank_0_alone_speaks_and_writes(launched: tuple[Path, str]) -> None:
     (export,) = events(run, "export")
     assert export["perplexity"] == pytest.approx(export["perplexity_trained"], rel=0.1)
     assert "--- sample 1" in printed and "exported model" in printed
+
+
+def test_rows_of_different_lengths_weigh_alike(workshop: Workshop, tmp_path: Path) -> None:
+    """Documents cut to rows of their own: the ranks predict different numbers of tokens, each of which counts the
+    same. Both accumulate, too."""
+    (tmp_path / "corpus").mkdir()
+    for num_words in (3, 6, 12):
+        write_corpus(tmp_path / "corpus" / f"{num_words}.jsonl", num_documents=40, num_words=num_words, seed=num_words)
+    options = STEPS | {"data__packing": "truncated", "data__path": tmp_path / "corpus", "train__max_steps": 4}
+    options |= {"train__micro_batch_size": 1, "optim__name": "adamw"}
+    workshop.train(output_dir=tmp_path / "one", **options, train__gradient_accumulation_steps=4).ok()
+    changes = options | {"output_dir": tmp_path / "two", "train__gradient_accumulation_steps": 2}
+    ranks(workshop, tmp_path / "logs", **changes)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    tokens = [[r["tokens"] for r in records(tmp_path / name) if "event" not in r] for name in ("one", "two")]
+    assert tokens[0] == tokens[1] and any(count % 4 for count in tokens[0]), "else the rows are of one length"
 
 
 # ---------------------------------------------------------------- going on
