@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import VOCAB, dense_state, llama_config, lm_loss, make_config, token_batch
-from ranks import build, fingerprint, held, held_factors, launch, restore, save, step_on
+from helpers import dense_state, llama_config, lm_loss, make_config, token_batch
+from ranks import build, held, held_factors, launch, restore, save, step_on
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -38,36 +38,41 @@ def configuration(loqt: dict[str, Any], *, micro_batch_size: int = 4, **sections
 # ---------------------------------------------------------------- bit for bit, from the same sums
 
 
-def same_rows_everywhere(ranks: Ranks, loqt: dict[str, Any], stage: int, dtype: str) -> list[dict[str, str]]:
+BITWISE: list[tuple[int, str, dict[str, Any]]] = [
+    (0, "fp32", {"subspace": "exact", "optimizer_state": "project", "double_quant": "both"}),
+    (1, "fp32", {"subspace": "sketch", "sketch_oversampling": 4}),
+    (2, "bf16", {"subspace": "gram", "optimizer_state": "reset"}),
+    (2, "bf16", {"subspace": "sketch", "sketch_oversampling": 4, "optimizer_state": "project"}),
+]
+
+
+def same_rows_everywhere(ranks: Ranks) -> list[list[dict[str, str]]]:
     """Every rank sees the same rows: sums over 1, 2, 4 ranks then differ by a power of two, which rounds nothing."""
-    config = configuration(loqt, optim={"name": "adamw"}, train={"gradient_accumulation_steps": 2, "dtype": dtype})
-    engine = build(ranks, config, stage=stage)
-    states = []
-    for step in range(6):
-        ids = token_batch(step, rows=8)
-        every = torch.cat([part for half in ids.chunk(2) for part in [half] * ranks.world_size])
-        _, report = step_on(engine, every)
-        if report.reinit is not None:
-            states.append(held(engine))
-    return states
+    results = []
+    for stage, dtype, loqt in BITWISE:
+        config = configuration(loqt, optim={"name": "adamw"}, train={"gradient_accumulation_steps": 2, "dtype": dtype})
+        engine = build(ranks, config, stage=stage)
+        states = []
+        for step in range(5):
+            ids = token_batch(step, rows=8)
+            every = torch.cat([part for half in ids.chunk(2) for part in [half] * ranks.world_size])
+            _, report = step_on(engine, every)
+            if report.reinit is not None:
+                states.append(held(engine))
+        results.append(states)
+        engine.release()
+    return results
 
 
-@pytest.mark.parametrize(
-    ("stage", "dtype", "loqt"),
-    [
-        (0, "fp32", {"subspace": "exact", "optimizer_state": "project", "double_quant": "both"}),
-        (1, "fp32", {"subspace": "sketch", "sketch_oversampling": 4}),
-        (2, "bf16", {"subspace": "gram", "optimizer_state": "reset"}),
-        (2, "bf16", {"subspace": "sketch", "sketch_oversampling": 4, "optimizer_state": "project"}),
-    ],
-)
-def test_the_same_sums_give_the_same_bits_on_any_number_of_ranks(stage: int, dtype: str, loqt: dict[str, Any]) -> None:
-    arguments = {"loqt": loqt, "stage": stage, "dtype": dtype}
-    (expected,) = launch(1, same_rows_everywhere, **arguments)
-    assert len(expected) == 3 and expected[0] != expected[1] != expected[2]
+def test_the_same_sums_give_the_same_bits_on_any_number_of_ranks() -> None:
+    """Of the whole model, after each of three re-initializations."""
+    (expected,) = launch(1, same_rows_everywhere)
+    for states in expected:
+        assert len(states) == 3 and states[0] != states[1] != states[2]
     for world_size in (2, 4):
-        for states in launch(world_size, same_rows_everywhere, **arguments):
-            assert states == expected
+        for results in launch(world_size, same_rows_everywhere):
+            for number, case in enumerate(BITWISE):
+                assert results[number] == expected[number], case
 
 
 def recorded_reinit(ranks: Ranks, root: str, loqt: dict[str, Any]) -> dict[str, Any]:
@@ -91,15 +96,14 @@ def recorded_reinit(ranks: Ranks, root: str, loqt: dict[str, Any]) -> dict[str, 
     assert report.reinit is not None
     names = list(reversed(engine.controller.layers))  # gradients are summed in this order, and before anything else
     own = {
-        name: tensor
-        for name, (tensor, target) in zip(names, sums[: len(names)], strict=True)
-        if target == ranks.rank
+        name: tensor for name, (tensor, target) in zip(names, sums[: len(names)], strict=True) if target == ranks.rank
     }
     return {"path": str(path), "sums": own, "held": held(engine)}
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("loqt", [{"subspace": "exact"}, {"subspace": "gram", "double_quant": "both"}])
+@pytest.mark.parametrize(
+    ("world_size", "loqt"), [(2, {"subspace": "exact"}), (4, {"subspace": "gram", "double_quant": "both"})]
+)
 def test_one_process_makes_the_same_bits_of_the_sum_over_ranks(
     tmp_path: Path, world_size: int, loqt: dict[str, Any]
 ) -> None:
@@ -290,18 +294,19 @@ def stories(real_data: Path, repository: Path, tmp_path_factory: pytest.TempPath
     return model, folder / "ids.pt"
 
 
-def sketches(
-    ranks: Ranks, model: str, ids: str, loqt: dict[str, Any], rows: int, dtype: str = "fp32"
-) -> list[dict[str, Any]]:
-    """Trains a trained model further. At each re-initialization but for the last: P, the dense gradient that it is of,
+STORIES, PAUSE = 16, 8  # rows of a step; steps between re-initializations
+
+
+def sketches(ranks: Ranks, model: str, ids: str, loqt: dict[str, Any], train: dict[str, Any]) -> list[dict[str, Any]]:
+    """Trains a trained model further. At each re-initialization: P, the dense gradient that it is of,
     summed over the ranks, and that of the next step, on rank 0."""
     config = configuration(
-        {"subspace": "sketch", "quantize_p": "none", "interval": 8} | loqt,
-        micro_batch_size=rows // ranks.world_size,
+        {"subspace": "sketch", "quantize_p": "none", "interval": PAUSE} | loqt,
+        micro_batch_size=STORIES // train.get("gradient_accumulation_steps", 1) // ranks.world_size,
         optim={"lr": 0.001, "name": "adamw"},
-        train={"dtype": dtype},
+        train=train,
     )
-    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+    kind = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
     description = LlamaConfig.from_pretrained(model)
     built, source = build_model(description, config.loqt, checkpoint_files(Path(model)), dtype=kind)
     ds_config = check_deepspeed(ZERO2, config)
@@ -331,13 +336,13 @@ def sketches(
     engine.controller.begin_step = begin  # type: ignore[method-assign]
     every = torch.load(ids, weights_only=True)
     found: list[dict[str, Any]] = []
-    for step in range(18):
-        _, report = step_on(engine, every[step * rows : (step + 1) * rows])
+    for step in range(PAUSE + 2):
+        _, report = step_on(engine, every[step * STORIES : (step + 1) * STORIES])
         for layer in layers.values():
             layer.tap = None
-        if step % 8 < 2:
+        if step % PAUSE < 2:
             summed = {name: ranks.all_reduce(gradient.clone()) for name, gradient in dense.items()}
-            assert (report.reinit is None) == (step % 8 == 1)
+            assert (report.reinit is None) == (step % PAUSE == 1)
             if report.reinit is not None:
                 bases = {name: layer.basis_hat().clone() for name, layer in layers.items()}
                 said = {layer.name: layer.captured_energy for layer in report.reinit.layers}
@@ -348,9 +353,9 @@ def sketches(
 
 
 def energy(gradient: Tensor, basis: Tensor) -> float:
-    """‖Pᵀ A‖² / ‖A‖² in float64."""
-    gradient = gradient.double()
-    return float((basis.double().T @ gradient).square().sum() / gradient.square().sum())
+    """‖Qᵀ A‖² / ‖A‖² in float64, with Q orthonormal and of the span of P (which may be rounded to bf16)."""
+    gradient, q = gradient.double(), torch.linalg.qr(basis.double()).Q
+    return float((q.T @ gradient).square().sum() / gradient.square().sum())
 
 
 def compare_with_exact(found: dict[str, Any]) -> dict[str, tuple[float, float]]:
@@ -361,3 +366,29 @@ def compare_with_exact(found: dict[str, Any]) -> dict[str, tuple[float, float]]:
         exact = torch.linalg.svd(now.double(), full_matrices=False).U[:, : basis.shape[1]]
         ratios[name] = (energy(now, basis) / energy(now, exact), energy(following, basis) / energy(following, exact))
     return ratios
+
+
+@pytest.mark.parametrize(
+    ("loqt", "train"),
+    [
+        ({}, {"dtype": "bf16"}),
+        ({"sketch_oversampling": 8}, {}),
+        ({}, {"gradient_accumulation_steps": 2}),
+    ],
+)
+def test_sketches_of_a_trained_model_capture_what_exact_svd_does(
+    stories: tuple[Path, Path], loqt: dict[str, Any], train: dict[str, Any]
+) -> None:
+    """At least 0.96 of its energy of the same gradient, 0.99 of the next step's, summed over two ranks; the first time,
+    without any moment, and later. The mean over the layers; each layer by itself is noisy in the next step."""
+    model, ids = stories
+    arguments = {"model": str(model), "ids": str(ids), "loqt": {"rank": 16} | loqt, "train": train}
+    found, _ = launch(2, sketches, **arguments)
+    # Columns are iterated on the first micro-batch only: of two, measured 0.991 of this and 0.976 to 0.998 of the next.
+    least = (0.96, 0.95 if "gradient_accumulation_steps" in train else 0.99)
+    assert len(found) == 2
+    for reinit in found:
+        ratios = compare_with_exact(reinit)
+        assert len(ratios) == 35 and reinit["kept"] == 0
+        now, following = (sum(values) / len(values) for values in zip(*ratios.values(), strict=True))
+        assert 1 + 1e-5 > now >= least[0] and following >= least[1], (now, following)
