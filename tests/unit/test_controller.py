@@ -629,6 +629,11 @@ def test_every_layer_has_an_owner_and_loads_differ_by_the_largest_cost_at_most(s
     assert assign_owners(dict(costs), world_size) == owners, "all ranks agree"
 
 
+def test_many_cheap_layers_make_up_for_a_costly_one():
+    owners = assign_owners({"a": 1.0, "b": 1.0, "c": 1.0, "d": 1.0, "e": 4.0}, 2)
+    assert [rank for name, rank in owners.items() if name != "e"] == [1 - owners["e"]] * 4
+
+
 class Alone(Ranks):
     """One of several ranks, as far as the plan of work is concerned."""
 

@@ -925,6 +925,14 @@ def test_parts_of_the_model_are_disjoint_complete_and_balanced(seed: int, world_
     assert max(sizes) - min(sizes) <= max(p.nbytes for p in model.parameters())
 
 
+def test_many_small_parts_make_up_for_a_large_one() -> None:
+    model = nn.Module()
+    for number, size in enumerate((10, 10, 10, 10, 40)):
+        model.register_parameter(f"p{number}", nn.Parameter(torch.zeros(size)))
+    parts = as_ranks(2, lambda ranks: own_part(model, ranks))
+    assert [sum(t.numel() for t in part.values()) for part in parts] == [40, 40]
+
+
 def small_model(seed: int) -> nn.Module:
     """Two LoQT layers, a norm, a shared parameter, a running mean, a buffer that is not saved."""
     model = nn.Sequential(nn.Linear(65, 34), nn.LayerNorm(34), nn.Linear(34, 65), nn.Linear(65, 65))
