@@ -580,10 +580,11 @@ model, and next to nothing of a large one (last table).
 MEMORY_TEXT = """\
 Bytes per trained parameter that the fullest rank keeps between two micro-batches: live tensors, in brackets the
 formula. At stage 2 ZeRO keeps the whole gradient of every parameter that a rank's partition touches: more than the
-formula where a parameter (an embedding) is larger than a partition. Apart from these: W and P, whole on every rank; during the update, the partition's gradient cast for the
-optimizer; at a re-initialization, what was gathered for it when the backward is over (sums that a peer has not taken
-yet are still there); and ZeRO's bucket, `reduce_bucket_size` elements of the gradients' dtype (here 5e7: 100 MB in
-bf16), however small the model is, at stage 1 between micro-batches too."""
+formula where a parameter (an embedding) is larger than a partition. Apart from these: W and P, whole on every rank;
+during the update, the partition's gradient cast for the optimizer (bytes per trained parameter); at a
+re-initialization, what was gathered for it when the backward is over (sums that a peer has not taken yet are still
+there); and ZeRO's bucket, `reduce_bucket_size` elements of the gradients' dtype (here 5e7: 100 MB in bf16), however
+small the model is, at stage 1 between micro-batches too."""
 FORMULA_TEXT = """\
 Not run. The formulas are those that hold to the byte above. ZeRO-2, one micro-batch a step, bf16; payload."""
 CHECK_TEXT = """\
