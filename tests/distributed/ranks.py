@@ -169,6 +169,7 @@ def build(
     zero: dict[str, Any] | None = None,
     shape: dict[str, Any] | None = None,
     prepare: Callable[[nn.Module], None] | None = None,
+    seed: int = 0,
     **ds_config: Any,
 ) -> LoQTEngine:
     """A tiny converted Llama of two layers under ZeRO.
@@ -178,7 +179,7 @@ def build(
     """
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
     description = llama_config(**({"num_hidden_layers": 2} | (shape or {})))
-    model, source = build_model(description, config.loqt, initializer(0), dtype=dtype)
+    model, source = build_model(description, config.loqt, initializer(seed), dtype=dtype)
     if prepare is not None:
         prepare(model)
     buckets = {"reduce_bucket_size": 5000, "allgather_bucket_size": 5000}  # several of each in a step

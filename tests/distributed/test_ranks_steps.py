@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import lm_loss, make_config, token_batch
-from ranks import build, held, held_factors, launch, own_state, step_on
+from ranks import build, fingerprint, held, held_factors, launch, own_state, step_on
 from torch import nn
 
 from loqt_ds.config import Config
@@ -162,3 +162,28 @@ def test_nan_on_one_rank_skips_the_step_on_all(case: dict[str, Any]) -> None:
             if name.endswith((".B", ".w_codes", ".p_codes")):
                 assert value != result["before"][name], name
     assert results[0]["factors"] == results[1]["factors"]
+
+
+# ---------------------------------------------------------------- the start
+
+
+def of_different_seeds(ranks: Ranks, dtype: str) -> list[dict[str, str]]:
+    """What is held before any engine, at the start, and after the first initialization; each rank draws its own model."""
+    before: list[dict[str, str]] = []
+
+    def prepare(model: nn.Module) -> None:
+        before.append({name: fingerprint(tensor) for name, tensor in model.state_dict().items()})
+
+    case = {"train": {"dtype": dtype}}
+    engine = build(ranks, configuration(case), prepare=prepare, seed=ranks.rank)
+    states = [*before, held(engine)]
+    step_on(engine, token_batch(0, rows=8))
+    return [*states, held(engine)]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_ranks_begin_with_the_model_of_the_first(dtype: str) -> None:
+    one, other = launch(2, of_different_seeds, dtype=dtype)
+    assert all(one[0][name] != other[0][name] for name in one[0] if name.endswith(("w_codes", "embed_tokens.weight")))
+    assert {name: one[1][name] for name in one[0]} == one[0], "rank 0 keeps its own"
+    assert other[1:] == one[1:]
