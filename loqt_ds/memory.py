@@ -24,9 +24,10 @@ Re-initialization (ARCHITECTURE.md): while the micro-batches of a step run, a gr
 each layer, 4 or e bytes an entry; with one micro-batch a step only one layer's at a time. Then one layer's float32
 workspace. The total is the largest of the phases of a step, on top of what stays.
 
-Under ZeRO (stage 1 and 2) masters and moments are divided by the number of ranks, at stage 2 gradients too; there is a
-master also of float32 parameters. Reduction buckets, and during the update the gradient of a partition in float32, are
-on top (DEEPSPEED.md of the design).
+Under ZeRO (stage 1 and 2) masters and moments are divided by the number of ranks; there is a master also of float32
+parameters. At stage 2 a rank keeps the whole gradient of every parameter that its partition touches, so that large
+parameters are divided less. Reduction buckets, of their full size however small the model is, and during the update the
+gradient of a partition in float32, are on top (measured in benchmarks/results/ranks).
 """
 
 from __future__ import annotations
@@ -281,21 +282,42 @@ def _update_bytes(parameters: Sequence[nn.Parameter], config: Config) -> int:
         return 4 * largest  # Adam's denominator
     if config.optim.master == "fp32":
         return 8 * largest  # the gradient in float32, and Adam's denominator
-    return 20 * largest  # the value and its gradient in float32, and the noise, sum and result of rounding
+    return 12 * largest  # the value and its gradient in float32, and Adam's denominator; it is rounded in pieces
 
 
-def _zero_entries(entries: dict[str, int], config: Config, parameters: list[nn.Parameter], zero: Zero) -> None:
-    """Changes the entries to what DeepSpeed keeps on each rank."""
+def _by_group(factors: list[nn.Parameter], others: list[nn.Parameter]) -> list[list[int]]:
+    """Sizes of the parameters in each flat vector of ZeRO's."""
+    groups = (factors, [p for p in others if p.dim() >= 2], [p for p in others if p.dim() < 2])
+    return [[parameter.numel() for parameter in group] for group in groups if group]
+
+
+def _touched(sizes: list[int], parts: int) -> int:
+    """Elements of the parameters that the fullest partition of a flat vector touches."""
+    length = -(-sum(sizes) // parts)
+    touched = [0] * parts
+    start = 0
+    for size in sizes:
+        for part in range(start // length, (start + size - 1) // length + 1):
+            touched[part] += size
+        start += size
+    return max(touched)
+
+
+def _zero_entries(
+    entries: dict[str, int], config: Config, factors: list[nn.Parameter], others: list[nn.Parameter], zero: Zero
+) -> None:
+    """Changes the entries to what DeepSpeed keeps on the fullest rank."""
+    parameters = [*factors, *others]
     num = sum(parameter.numel() for parameter in parameters)
     itemsize = parameters[0].dtype.itemsize
     if zero.stage:
         entries["masters"] = num * (2 if config.optim.master == "bf16" else 4) // zero.parts
         entries["moments"] = moment_bytes(num, optimizer=config.optim.name) // zero.parts
-        # Of one partition: its gradient in float32, and Adam's denominator; bf16 masters are rounded besides.
-        entries["update_workspace"] = num * (20 if config.optim.master == "bf16" else 8) // zero.parts
+        # Of one partition: its gradient in float32, and Adam's denominator; of bf16 masters also the value.
+        entries["update_workspace"] = num * (12 if config.optim.master == "bf16" else 8) // zero.parts
     if zero.stage == 2:
-        entries["gradients"] //= zero.parts
-    entries["buckets"] = itemsize * min(zero.bucket_elements, 2 * num)
+        entries["gradients"] = itemsize * sum(_touched(group, zero.parts) for group in _by_group(factors, others))
+    entries["buckets"] = itemsize * zero.bucket_elements
 
 
 def plan(config: Config, *, vocab_size: int | None = None, zero: Zero | None = None) -> MemoryPlan:
@@ -340,7 +362,8 @@ def plan(config: Config, *, vocab_size: int | None = None, zero: Zero | None = N
         "buckets": 0,
     }
     if zero is not None:
-        _zero_entries(entries, config, list(trained.values()), zero)
+        of_factors = [p for p in trained.values() if id(p) in factors]
+        _zero_entries(entries, config, of_factors, [p for p in trained.values() if id(p) not in factors], zero)
     return MemoryPlan(
         name=config.name,
         dtype=str(dtype).removeprefix("torch."),

@@ -23,6 +23,7 @@ from loqt_ds.method.conversion import loqt_layers
 
 MOMENT_KEYS = (("exp_avg", "exp_avg_sq"), ("state1", "state2"))
 BLOCKSIZE_8BIT = 256
+_ROUNDED_AT_ONCE = 2**22  # elements
 
 
 @dataclass
@@ -240,9 +241,15 @@ class ParameterOptimizer:
     def _publish(self) -> None:
         """Copies the master into the bf16 parameter."""
         value = self.master.data
-        self.parameter.copy_(stochastic_round(value, self._generator) if self._transient else value)
-        if self._transient:
-            self.master.data = value.new_empty(0)
+        if not self._transient:
+            self.parameter.copy_(value)
+            return
+        # In pieces: the noise and what becomes of it take several times the memory of what is rounded.
+        for target, piece in zip(
+            self.parameter.data.view(-1).split(_ROUNDED_AT_ONCE), value.view(-1).split(_ROUNDED_AT_ONCE), strict=True
+        ):
+            target.copy_(stochastic_round(piece, self._generator))
+        self.master.data = value.new_empty(0)
 
 
 class RoundingAdam(torch.optim.Optimizer):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from loqt_ds.config import Config, load_config
-from loqt_ds.memory import GIB, Zero, main, moment_bytes, plan, planned_model, zero_of
+from loqt_ds.memory import GIB, Zero, _touched, main, moment_bytes, plan, planned_model, zero_of
 from loqt_ds.method.conversion import convert
 from loqt_ds.method.linear import LoQTLinear
 
@@ -197,13 +197,25 @@ def test_ranks_divide_what_zero_divides(shape: str, dtype: str, master: str, per
             entries = plan(config, zero=Zero(stage, ranks, 1000)).entries
             assert entries["masters"] == per_master * alone.num_trained // ranks
             assert entries["moments"] == 8 * alone.num_trained // ranks
-            assert entries["gradients"] == alone.entries["gradients"] // (ranks if stage == 2 else 1)
+            if stage == 1 or ranks == 1:
+                assert entries["gradients"] == alone.entries["gradients"]
+            else:  # whole parameters: no less than a share, no more than all that may straddle besides
+                share = alone.entries["gradients"] / ranks
+                assert share <= entries["gradients"] < alone.entries["gradients"]
             assert entries["buckets"] == 1000 * (4 if dtype == "fp32" else 2)
             for name in ("weights_w", "projections_p", "factors_b", "full_rank_parameters", "activations", "logits"):
                 assert entries[name] == alone.entries[name], name
     assert plan(config, zero=Zero(0, 4, 0)).entries["moments"] == alone.entries["moments"]
     file = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 500, "overlap_comm": True}}
     assert zero_of(file, 4) == Zero(2, 4, 1000)
+
+
+def test_a_partition_keeps_whole_gradients_of_what_it_touches() -> None:
+    """By hand: vectors of 10 elements in 2 and 3 partitions."""
+    assert _touched([4, 4, 2], 2) == 8  # 0-4 touches the first two, 5-9 the last two
+    assert _touched([4, 4, 2], 3) == 4  # 0-3, 4-7, 8-9: one each
+    assert _touched([10], 4) == 10
+    assert _touched([2, 2, 2, 2, 2], 5) == 2
 
 
 def test_total_is_the_largest_phase(shape: str) -> None:
