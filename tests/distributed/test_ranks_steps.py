@@ -168,7 +168,7 @@ def test_nan_on_one_rank_skips_the_step_on_all(case: dict[str, Any]) -> None:
 
 
 def of_different_seeds(ranks: Ranks, dtype: str) -> list[dict[str, str]]:
-    """What is held before there is an engine, then, and after the first initialization; each rank draws another model."""
+    """What is held before there is an engine, then, and after a step; each rank draws another model."""
     before: list[dict[str, str]] = []
 
     def prepare(model: nn.Module) -> None:
