@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import groups as process_groups
 from torch import Tensor, nn
 
 from loqt_ds.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
@@ -73,6 +74,9 @@ def start_distributed(*, timeout_seconds: int | None = None, port: int | None = 
     if port is not None:
         options["distributed_port"] = port
     deepspeed.init_distributed(verbose=False, **options)
+    if timeout_seconds is not None and process_groups._WORLD_GROUP is None:
+        # ZeRO's group, which DeepSpeed would make with the backend's default timeout, whatever it was given above.
+        process_groups._WORLD_GROUP = dist.new_group(list(range(dist.get_world_size())), timeout=options["timeout"])
     # Its own group: sums of re-initializations run beside ZeRO's and must not be mixed up with them.
     group = dist.new_group(timeout=options.get("timeout"))
     return Ranks(group, device=deepspeed.get_accelerator().current_device_name())
