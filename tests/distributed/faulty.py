@@ -93,10 +93,12 @@ def plant(what: str, *, step: int, count: int = 1, layer: int = 0) -> None:
         before(saving, "write_safetensors", step, end_by(signal.SIGKILL, what), call=2)
     elif what == "killed before the rename":  # everything is written, and has no name yet
         before(saving, "_put_in_place", step, end_by(signal.SIGKILL, what))
-    elif what == "frozen":  # all its threads
+    elif what == "frozen in a step":  # all its threads
         before(LoQTEngine, "backward", step, end_by(signal.SIGSTOP, what))
-    elif what == "hangs":
+    elif what == "hangs between steps":  # the others are in a sum of ours
         before(TrainBatches, "next_batch", step, sleep(what, 3600))
+    elif what == "hangs in a step":  # the others are in ZeRO's reduction
+        before(LoQTEngine, "backward", step, sleep(what, 3600))
     elif what == "out of data":
         before(TrainBatches, "next_batch", step, raise_(StopIteration(), what))
     elif what == "unreadable file":

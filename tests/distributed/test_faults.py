@@ -358,7 +358,7 @@ def test_a_stopped_launcher_then_a_flipped_bit_then_a_rank_that_hangs(
     # No save comes before the re-initialization, after which all ranks would hold what the owner merged or broadcast.
     bit = {"what": "one bit", "rank": 1, "step": 6}
     flipped(workshop.launch(run, bit), resume=run / "checkpoints" / "step_6")
-    hang = {"what": "hangs", "rank": 1, "step": 9}
+    hang = {"what": "hangs in a step", "rank": 1, "step": 9}
     outcome = workshop.launch(run, hang, train__collective_timeout_seconds=SHORT_PATIENCE)
     ended_well(
         outcome,
@@ -387,9 +387,11 @@ def test_a_flipped_bit_is_seen_by_the_next_re_initialization_or_save(
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_other_ranks_that_do_not_answer(workshop: Workshop, straight: Path, tmp_path: Path, launcher: str) -> None:
-    """Rank 0 in a loop; and a rank that is frozen, so that it hears no signal, until the launcher kills it."""
+    """A rank that waits for something else; and one that is stopped altogether: it hears no signal, until the launcher
+    kills it."""
     run = tmp_path / "run"
-    for what, rank, step in (("hangs", 0, 3), ("frozen", 1, 7), ("frozen", 0, 10)):
+    moments = (("hangs between steps", 0, 3), ("frozen in a step", 1, 7), ("frozen in a step", 0, 10))
+    for what, rank, step in moments:
         outcome = workshop.launch(
             run,
             {"what": what, "rank": rank, "step": step},
