@@ -320,9 +320,7 @@ def test_a_factor_is_written_to_parameter_and_master(trained: LoQTEngine) -> Non
 
 RESUMED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "stage0-adamw": (0, {}, {}),
-    "stage0-adamw8bit": (0, {"name": "adamw8bit"}, {}),
     "stage0-bf16": (0, {"name": "adamw8bit"}, {"dtype": "bf16"}),
-    "stage1-bf16": (1, {"name": "adamw8bit"}, {"dtype": "bf16"}),
     "stage2-adamw": (2, {}, {}),
     "stage2-adamw8bit": (2, {"name": "adamw8bit"}, {}),
     "stage2-bf16": (2, {"name": "adamw8bit"}, {"dtype": "bf16"}),
@@ -346,7 +344,7 @@ def test_stopping_changes_no_bit(case: str, tmp_path: Path) -> None:
     torch.manual_seed(5)
     losses, paths = [], {}
     for step in range(6):
-        if step in (0, 1, 3):
+        if step in (0, 3):
             paths[step] = save(zero, tmp_path)
         losses.append(train_step(zero)[0])
     expected = saved_bytes(zero)
@@ -369,7 +367,7 @@ def test_stopping_changes_no_bit(case: str, tmp_path: Path) -> None:
     [({"name": "adamw"}, "fp32", 1e-5), ({"name": "adamw8bit"}, "fp32", 1e-3), ({"name": "adamw8bit"}, "bf16", 1e-3)],
     ids=["fp32", "fp32-8bit", "bf16-8bit"],
 )
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 2])
 @pytest.mark.parametrize("back", [False, True], ids=["single-to-deepspeed", "deepspeed-to-single"])
 def test_checkpoints_of_the_single_engine_and_of_deepspeed_are_each_others(
     stage: int, optim: dict[str, Any], dtype: str, tolerance: float, back: bool, tmp_path: Path
@@ -457,7 +455,7 @@ def test_with_keep_momentum_goes_on() -> None:
     assert all(not torch.equal(factor, before[n]) for n, factor in factors(zero).items())
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 2])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_step_that_is_not_finite_changes_nothing_and_the_re_initialization_stays_due(

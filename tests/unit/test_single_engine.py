@@ -184,13 +184,13 @@ def test_accumulation_is_one_large_micro_batch(subspace, tmp_path):
     def compare(one: SingleEngine, four: SingleEngine) -> None:
         for name, layer in one.controller.layers.items():
             other = four.controller.layers[name]
-            assert relative(projector(other), projector(layer)) < 2e-3, name
+            if subspace != "sketch":  # a sketch takes its columns from the first micro-batch
+                assert relative(projector(other), projector(layer)) < 2e-3, name
             assert relative(effective_weight(other), effective_weight(layer)) < 1e-5, name
 
     one, four = engine_of(1), engine_of(4)
     assert run(four, 1) == pytest.approx(run(one, 1), rel=1e-6)
-    if subspace != "sketch":  # the first sketch takes its columns from the first micro-batch
-        compare(one, four)
+    compare(one, four)
     # P may rotate within its span, which Adam would tell apart: the curves are compared from one and the same P.
     four = restore(engine_of(4), save(one, tmp_path))
     assert run(four, 5) == pytest.approx(run(one, 5), rel=2e-6)
