@@ -469,7 +469,7 @@ def test_an_unwritable_output_directory(workshop: Workshop, tmp_path: Path, read
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        ({"zero_optimization": {"stage": 3}}, ["zero_optimization.stage=3", "use 1 or 2"]),
+        ({"zero_optimization": {"stage": 3}}, ["zero_optimization.stage=3", "use 0, 1 or 2"]),
         ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}, ["`optimizer`", "`optim` section"]),
         (
             {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 7},
