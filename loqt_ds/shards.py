@@ -288,8 +288,12 @@ class ShardedState:
 
 
 def _describe(shard: Shard) -> dict[str, Any]:
+    kind = (
+        "torch" if isinstance(shard.optimizer, torch.optim.Adam) else f"bitsandbytes-{shard.optimizer.args.optim_bits}"
+    )
     return {
         "key": shard.key,
+        "optimizer": kind,
         "length": shard.values.numel(),
         "fragments": [[f.name, f.start, f.length, f.offset] for f in shard.fragments],
     }
@@ -356,7 +360,10 @@ def _assemble(
             wanted.setdefault(fragment.name, []).append((shard, fragment))
             values[fragment.place] = parameters[fragment.name].detach().reshape(-1)[fragment.source].float().cpu()
         vectors[shard.key] = values, first, second
+    smallest: int | None = None
     for saved in _saved_shards(checkpoint, moments=True):
+        if saved.step is not None:
+            smallest = saved.step if smallest is None else min(saved.step, smallest)
         for theirs in saved.fragments:
             if theirs.name not in parameters:
                 raise CheckpointError(f"{checkpoint.path} belongs to another model: {theirs.name} is not trained here")
@@ -373,7 +380,9 @@ def _assemble(
                 if saved.moments is not None and saved.step is not None:
                     first[target], second[target] = saved.moments[0][source], saved.moments[1][source]
                     steps[shard.key] = min(saved.step, steps.get(shard.key, saved.step))
-    return {key: (*found, steps.get(key)) for key, found in vectors.items()}
+    # A partition that holds nothing is stepped with the others, and must know that there are moments.
+    empty = {shard.key for shard in shards if not shard.fragments}
+    return {key: (*found, steps.get(key, smallest if key in empty else None)) for key, found in vectors.items()}
 
 
 def saved_masters(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:

@@ -307,6 +307,7 @@ class LoQTEngine(DeepSpeedEngine):
 
     def restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.metadata["engine_state"]
+        self.controller.load_state_dict(state["controller"])  # first: it may refuse
         load_model(self.module, checkpoint)
         self._state.restore(checkpoint)
         random = restore_random(checkpoint, self.ranks, self.device, self._loqt_config.train.seed)
@@ -317,7 +318,6 @@ class LoQTEngine(DeepSpeedEngine):
         self.micro_steps = self.global_steps * self.gradient_accumulation_steps()
         self.global_samples = self.global_steps * self.train_batch_size()
         self.skipped_steps = int(state.get("skipped_steps", 0))
-        self.controller.load_state_dict(state["controller"])
         if (scaler := self._loss_scaler()) is not None and "loss_scaler" in state:
             vars(scaler).update(state["loss_scaler"])
         if self._rates is None and "groups" in state:
@@ -419,9 +419,9 @@ class LoQTEngine(DeepSpeedEngine):
             return None, {}
         checkpoint = self.ranks.attempt(lambda: load_checkpoint(Path(path), verify=False))
         if load_module_only or not load_optimizer_states:
+            self.controller.load_state_dict(checkpoint.metadata["engine_state"]["controller"])
             load_model(self.module, checkpoint)
             self._state.start_anew()
-            self.controller.load_state_dict(checkpoint.metadata["engine_state"]["controller"])
         else:
             self.restore(checkpoint)
         return path, checkpoint.metadata.get("client_state", {})

@@ -193,6 +193,7 @@ class SingleEngine:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.metadata["engine_state"]
+        self.controller.load_state_dict(state["controller"])  # first: it may refuse
         load_model(self._model, checkpoint)
         self._state.restore(checkpoint)
         random = restore_random(checkpoint, self.ranks, self.device, self._config.train.seed)
@@ -200,7 +201,6 @@ class SingleEngine:
         if (rounding := random.get(f"rounding_{self.device.type}")) is not None:
             self._generator.set_state(rounding)
         self._step = int(state["step"])
-        self.controller.load_state_dict(state["controller"])
 
     def masters(self) -> dict[str, Tensor]:
         return self._state.masters()

@@ -220,6 +220,7 @@ class Controller:
         self._rounds = self._make_rounds(costs)
         self._order = list(reversed(layers))  # of reductions: about that of the backward
         self._original, self._seed = original, seed
+        self._let_go = False  # whether there were original weights and are no more
         self._initialized: set[str] = set()
         self._overdue = False
         self._current: _Step | None = None
@@ -503,8 +504,8 @@ class Controller:
 
     def _mark_initialized(self, *names: str) -> None:
         self._initialized.update(names)
-        if len(self._initialized) == len(self.layers):
-            self._original = None  # nothing will be asked for any more
+        if len(self._initialized) == len(self.layers) and self._original is not None:
+            self._original, self._let_go = None, True  # nothing will be asked for any more
 
     @torch.no_grad()
     def end_step(self, applied: bool) -> ReinitReport | None:
@@ -543,7 +544,13 @@ class Controller:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores `state_dict`."""
+        """Restores `state_dict`. Raises ValueError if it is of before the first initialization, and the original
+        weights that this would need have been let go."""
+        if self._let_go and len(state["initialized"]) < len(self.layers):
+            raise ValueError(
+                "the checkpoint is of before the first initialization, and this engine has let go of the original "
+                "weights that it compensates for; load it into a new engine"
+            )
         self._initialized = set()
         self._mark_initialized(*state["initialized"])
         self._overdue = bool(state["overdue"])

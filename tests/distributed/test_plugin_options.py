@@ -769,6 +769,42 @@ def test_a_run_goes_on_bit_for_bit_from_its_checkpoint(tmp_path: Path) -> None:
     assert learn(again, 6) == expected
 
 
+def test_a_checkpoint_of_before_the_first_initialization_needs_a_new_engine(tmp_path: Path) -> None:
+    """The first P is compensated for the original weights, which an engine lets go of when all layers have one."""
+    engine = start()
+    engine.save_checkpoint(tmp_path)
+    expected = learn(engine, 4)
+    before = held(engine)
+    with pytest.raises(ValueError, match="before the first initialization.*new engine"):
+        engine.load_checkpoint(tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in held(engine).items())
+    other = start()
+    other.load_checkpoint(tmp_path)
+    assert learn(other, 4) == expected
+
+
+@pytest.mark.parametrize(("kind", "other"), [("adamw", "adamw8bit"), ("adamw8bit", "adamw")])
+def test_another_kind_of_adam_goes_on_with_the_moments(kind: str, other: str, tmp_path: Path) -> None:
+    """The model is wide enough for factors to be kept in 8 bits."""
+
+    def engine_with(name: str) -> LoQTEngine:
+        loqt = {"rank": 30, "interval": 50, "optim": {"name": name}}
+        return start(config=settings(loqt=loqt))
+
+    engine = engine_with(kind)
+    learn(engine, 6)
+    engine.save_checkpoint(tmp_path)
+    expected = learn(engine, 5)
+    changed = engine_with(other)
+    changed.load_checkpoint(tmp_path)
+    flat = changed.optimizer.single_partition_of_fp32_groups[0]
+    kept = changed.optimizer.optimizer.state[flat]
+    assert kept["state1" if other == "adamw8bit" else "exp_avg"].dtype == (
+        torch.uint8 if other == "adamw8bit" else torch.float32
+    )
+    assert learn(changed, 5) == pytest.approx(expected, rel=2e-3)
+
+
 def test_tags(tmp_path: Path) -> None:
     engine = start()
     learn(engine, 1)
