@@ -128,13 +128,8 @@ def _join(config: Config, *, deepspeed: bool) -> Voice:
 
     if not deepspeed:
         return Voice()
-    import torch
-
     from loqt_ds.engines.deepspeed import start_distributed
 
-    # Before NCCL meets: it binds a rank to the device that is current then.
-    if torch.cuda.is_available() and (device := int(os.environ.get("LOCAL_RANK", "0"))) < torch.cuda.device_count():
-        torch.cuda.set_device(device)
     seconds = config.train.collective_timeout_seconds
     return Voice(start_distributed(timeout_seconds=seconds), timeout_seconds=seconds)
 

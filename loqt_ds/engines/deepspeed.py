@@ -68,6 +68,10 @@ def start_distributed(*, timeout_seconds: int | None = None, port: int | None = 
             free = probe.getsockname()[1]
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free)}
         os.environ.setdefault("LOCAL_RANK", "0")
+    # Before NCCL meets: it binds a rank to the device that is current then.
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available() and local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)
     # The shared-memory transport would be compiled at the first start (35 s), for sums within one machine's CPU.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     options: dict[str, Any] = {} if timeout_seconds is None else {"timeout": timedelta(seconds=timeout_seconds)}
