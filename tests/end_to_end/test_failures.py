@@ -62,7 +62,8 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(
     good = last_good(stopped.errors)
     done = int(good.name.removeprefix("step_"))
     assert 0 < done < 12 and good.parent == run / "checkpoints"
-    assert sorted(path.name for path in good.parent.glob("step_*")) == sorted(f"step_{step}" for step in range(done + 1))
+    kept = sorted(path.name for path in good.parent.glob("step_*"))
+    assert kept == sorted(f"step_{step}" for step in range(done + 1))
     enlarge(small_disk)
     workshop.train(output_dir=run, checkpoint__resume="auto", **EVERY_STEP).ok()
     assert events(run, "resume")[0]["step"] == done

@@ -1,4 +1,4 @@
-"""What may differ when a run goes on: the number of ranks and how the rows of a step are split, not how many they are."""
+"""What may differ when a run goes on: the number of ranks, and how the rows of a step are split; not their number."""
 
 from __future__ import annotations
 

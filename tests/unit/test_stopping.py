@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from loqt_ds import stopping
-from loqt_ds.stopping import Interrupted, StopRequests, Terminated, sigterm_raises, signal_of
+from loqt_ds.stopping import Interrupted, StopRequests, Terminated, signal_of, sigterm_raises
 
 
 def test_a_signal_is_noted_and_the_first_one_counts() -> None:
