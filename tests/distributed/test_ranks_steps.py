@@ -17,7 +17,7 @@ from loqt_ds.config import Config
 from loqt_ds.engines.deepspeed import LoQTEngine
 from loqt_ds.ranks import Ranks
 
-NUM_STEPS = 5  # with re-initializations at steps 0, 2 and 4
+NUM_STEPS = 3  # with re-initializations at steps 0 and 2
 
 
 def configuration(case: dict[str, Any]) -> Config:
@@ -48,13 +48,15 @@ def looked_at(ranks: Ranks, case: dict[str, Any], looks: bool) -> list[dict[str,
     engine = build(ranks, configuration(case), stage=case["stage"])
     other = token_batch(77, rows=3 + ranks.rank)
     states = []
-    for step in range(3):
+    for step in range(NUM_STEPS):
         if looks:
             look(engine, other)
         loss, report = step_on(
             engine, token_batch(step, rows=8), between=(lambda number: look(engine, other)) if looks else None
         )
-        state = held(engine) | own_state(engine)
+        if looks:
+            look(engine, other)
+        state = held(engine) | own_state(engine)  # as for a checkpoint, which is taken between steps
         states.append({"loss": loss, "norm": report.grad_norm, "reinit": report.reinit is not None, "state": state})
     return states
 

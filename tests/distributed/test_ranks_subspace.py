@@ -53,7 +53,7 @@ def same_rows_everywhere(ranks: Ranks) -> list[list[dict[str, str]]]:
         config = configuration(loqt, optim={"name": "adamw"}, train={"gradient_accumulation_steps": 2, "dtype": dtype})
         engine = build(ranks, config, stage=stage)
         states = []
-        for step in range(5):
+        for step in range(3):
             ids = token_batch(step, rows=8)
             every = torch.cat([part for half in ids.chunk(2) for part in [half] * ranks.world_size])
             _, report = step_on(engine, every)
@@ -65,10 +65,10 @@ def same_rows_everywhere(ranks: Ranks) -> list[list[dict[str, str]]]:
 
 
 def test_the_same_sums_give_the_same_bits_on_any_number_of_ranks() -> None:
-    """Of the whole model, after each of three re-initializations."""
+    """Of the whole model, after each of two re-initializations."""
     (expected,) = launch(1, same_rows_everywhere)
     for states in expected:
-        assert len(states) == 3 and states[0] != states[1] != states[2]
+        assert len(states) == 2 and states[0] != states[1]
     for world_size in (2, 4):
         for results in launch(world_size, same_rows_everywhere):
             for number, case in enumerate(BITWISE):
@@ -294,7 +294,7 @@ def stories(real_data: Path, repository: Path, tmp_path_factory: pytest.TempPath
     return model, folder / "ids.pt"
 
 
-STORIES, PAUSE = 16, 8  # rows of a step; steps between re-initializations
+STORIES, PAUSE = 16, 5  # rows of a step; steps between re-initializations
 
 
 def sketches(ranks: Ranks, model: str, ids: str, loqt: dict[str, Any], train: dict[str, Any]) -> list[dict[str, Any]]:

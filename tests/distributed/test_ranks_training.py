@@ -185,7 +185,10 @@ def run_whole(ranks: Ranks, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return results
 
 
-@pytest.mark.parametrize(("world_size", "names"), [(2, ["gram", "sketch, bf16"]), (4, ["gram"])])
+@pytest.mark.parametrize(
+    ("world_size", "names"),
+    [(2, ["gram", "sketch, bf16"]), pytest.param(4, ["gram", "sketch, bf16"], marks=pytest.mark.slow)],
+)
 def test_curves_agree_over_sixty_steps_and_four_re_initializations(world_size: int, names: list[str]) -> None:
     """Quantized: codes flip on rounding, so that the curves agree within 2 %; the replicas still agree in every bit."""
     cases = {name: RUNS[name] for name in names}
