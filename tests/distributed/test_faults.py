@@ -170,7 +170,13 @@ class Workshop:
         variables = os.environ | self.environment(list(faults), log) | {MARK: mark}
         with printed.open("wb") as file:
             process = subprocess.Popen(
-                command, cwd=self.directory, env=variables, stdout=file, stderr=subprocess.STDOUT
+                command,
+                cwd=self.directory,
+                env=variables,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                # Where a process is stopped and its shell ends, the kernel hangs up the whole group: not this one.
+                start_new_session=True,
             )
         try:
             deadline = time.monotonic() + START_SECONDS
@@ -262,7 +268,8 @@ def ended_well(outcome: Outcome, *said: str, resume: Path, tracebacks: int = 0) 
         assert text in error
     assert f"The last good checkpoint is {resume};" in error and "checkpoint.resume=auto" in error
     # Neither peers nor libraries say how they felt about it.
-    assert outcome.text.count("Traceback") == tracebacks + outcome.text.count("ChildFailedError:")  # torchrun's own
+    of_torchrun = len(re.findall(r"^torch\.distributed\.elastic\.\S+: ", outcome.text, flags=re.MULTILINE))
+    assert outcome.text.count("Traceback") == tracebacks + of_torchrun
     for noise in ("terminate called", "gloo", "NCCL", "c10", "Connection reset", "Aborted", "Fatal Python"):
         assert noise not in outcome.text
     return error
