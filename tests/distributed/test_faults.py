@@ -406,6 +406,8 @@ def test_other_ranks_that_do_not_answer(workshop: Workshop, straight: Path, tmp_
             train__collective_timeout_seconds=SHORT_PATIENCE,
         )
         said = f"rank {rank} did not answer within train.collective_timeout_seconds={SHORT_PATIENCE}"
+        if launcher == "deepspeed" and (what, rank) == ("frozen in a step", 0):
+            said = "rank 0 does not answer: it hangs"  # nor does the store, which is in that process
         ended_well(outcome, said, resume=run / "checkpoints" / f"step_{step - step % 2}")
     stopped(workshop, run, 12, launcher)
     workshop.undisturbed(run)
