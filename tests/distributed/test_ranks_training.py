@@ -1,7 +1,7 @@
 """1, 2 and 4 ranks with the same global batch train like one process (promise 1 of ARCHITECTURE.md).
 
 Reference: the single engine, which knows no ranks. Within an interval, and over re-initializations where nothing is
-quantized and so nothing can flip, losses agree to 1e-5.
+quantized and so nothing can flip, losses agree to 1e-5 (5e-5 where Adam is reset).
 """
 
 from __future__ import annotations
@@ -82,6 +82,8 @@ CASES: dict[str, dict[str, Any]] = {
         "stage": 2,
         "loqt": UNQUANTIZED | SKETCH | {"optimizer_state": "reset"},
         "train": {"max_grad_norm": 0.3},
+        # Adam's first step after a reset divides a gradient by its own size: where it is tiny, rounding shows.
+        "tolerance": 5e-5,
     },
     "sketch, keep, accumulation": REINITS
     | {"stage": 0, "loqt": UNQUANTIZED | SKETCH, "train": {"gradient_accumulation_steps": 2}},
@@ -139,9 +141,10 @@ def test_losses_are_those_of_one_process(
 ) -> None:
     world_size, results = outcomes
     expected = references[name]
+    tolerance = expected.get("tolerance", 1e-5)
     for rank in range(world_size):
-        assert results[rank][name]["losses"] == pytest.approx(expected["losses"], rel=1e-5)
-        assert results[rank][name]["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+        assert results[rank][name]["losses"] == pytest.approx(expected["losses"], rel=tolerance)
+        assert results[rank][name]["norms"] == pytest.approx(expected["norms"], rel=10 * tolerance)
 
 
 @pytest.mark.parametrize("name", CASES)
