@@ -93,6 +93,7 @@ class Zero:
 def zero_of(ds_config: dict[str, Any], world_size: int) -> Zero:
     """What a DeepSpeed configuration says of it."""
     zero = ds_config.get("zero_optimization", {})
+    zero = {name: value for name, value in zero.items() if value != "auto"}
     bucket = int(zero.get("reduce_bucket_size", 5e8)) * (2 if zero.get("overlap_comm") else 1)
     stage = int(zero.get("stage", 0))
     return Zero(stage, world_size, bucket if stage else 0)

@@ -247,7 +247,8 @@ def choose_device(config: Config) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError(f"train.device={config.train.device}: torch sees no CUDA device; use train.device=cpu")
-        device = torch.device("cuda", device.index or 0)
+        index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device("cuda", index)
         if device.index >= torch.cuda.device_count():
             raise ConfigError(f"train.device={wanted}: there are {torch.cuda.device_count()} CUDA devices")
         torch.cuda.set_device(device)

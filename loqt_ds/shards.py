@@ -183,7 +183,7 @@ class ShardedState:
         if self._replicated:
             (place,) = places
             return read(*place).view(parameter.shape) if is_target else None
-        whole = torch.zeros(parameter.numel(), device=parameter.device)
+        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
         for shard, fragment in places:
             whole[fragment.source].copy_(read(shard, fragment))
         work = self._ranks.reduce(whole, target)
@@ -218,7 +218,7 @@ class ShardedState:
         """Makes the optimizer's state of a parameter that of a new one."""
         for shard, fragment in self._places[name]:
             if shard.state:
-                zeros = torch.zeros(fragment.length, device=shard.values.device)
+                zeros = torch.zeros(fragment.length, dtype=torch.float32, device=shard.values.device)
                 for index in (0, 1):
                     shard.write_moment(fragment, index, zeros)
                 # The step count is the shard's. Layers are re-initialized together; one that keeps its P takes
@@ -226,11 +226,14 @@ class ShardedState:
                 shard.set_step(0)
 
     def masters(self) -> dict[str, Tensor]:
-        """All master copies, float32 by parameter name, on rank 0; none on the others. Collective."""
+        """All master copies, float32 by parameter name, on rank 0's host; none on the others. Collective."""
         if not any(shard.is_copy for shard in self.shards):
             return {}
-        found = {name: self.read(name) for name in self._parameters}
-        return {name: value for name, value in found.items() if value is not None}
+        found = {}
+        for name in self._parameters:
+            if (value := self.read(name)) is not None:
+                found[name] = value.cpu()  # one at a time: rank 0's device holds no more than the others'
+        return found
 
     # ---------------------------------------------------------------- saving
 
@@ -355,7 +358,7 @@ def _assemble(
     vectors: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     steps: dict[str, int] = {}
     for shard in shards:
-        values, first, second = (torch.zeros(shard.values.numel()) for _ in range(3))
+        values, first, second = (torch.zeros(shard.values.numel(), dtype=torch.float32) for _ in range(3))
         for fragment in shard.fragments:
             wanted.setdefault(fragment.name, []).append((shard, fragment))
             values[fragment.place] = parameters[fragment.name].detach().reshape(-1)[fragment.source].float().cpu()
@@ -397,6 +400,6 @@ def saved_masters(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size]) -> d
         for fragment in saved.fragments:
             if fragment.name not in shapes:
                 raise CheckpointError(f"{checkpoint.path} holds a master of {fragment.name}, which its model lacks")
-            whole = masters.setdefault(fragment.name, torch.zeros(shapes[fragment.name].numel()))
+            whole = masters.setdefault(fragment.name, torch.zeros(shapes[fragment.name].numel(), dtype=torch.float32))
             whole[fragment.source] = saved.master[fragment.place]
     return {name: whole.view(shapes[name]) for name, whole in masters.items()}

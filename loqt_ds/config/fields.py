@@ -57,7 +57,8 @@ class LoQTConfig:
     false = none)."""
     subspace: Literal["auto", "exact", "gram", "sketch"] = "auto"
     """How P is found: exact SVD of the gradient, eigenvectors of its Gram matrix, or a randomized sketch; auto takes
-    gram where the smaller side of the matrix is at most 512 and sketch above."""
+    gram where the smaller side of the matrix is at most 512 and sketch above. With several ranks, a sketch needs all of
+    them to reach the layers in the same order; a model that does not (experts, dropped layers) takes gram."""
     sketch_oversampling: int = 32
     """Gaussian columns p added to the rank in a sketch."""
     optimizer_state: Literal["keep", "reset", "project"] = "keep"

@@ -31,7 +31,7 @@ from deepspeed.utils import groups as process_groups
 from torch import Tensor, nn
 
 from loqt_ds.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
-from loqt_ds.config import Config
+from loqt_ds.config import Config, TrainConfig
 from loqt_ds.engines.base import StepReport
 from loqt_ds.engines.ds_config import world_size
 from loqt_ds.engines.state import (
@@ -49,10 +49,11 @@ from loqt_ds.optim import LearningRates, RoundingAdam, build_optimizer, paramete
 from loqt_ds.ranks import Ranks
 from loqt_ds.shards import LAYOUT, Fragment, Shard, ShardedState
 
+DEFAULT_TIMEOUT_SECONDS = TrainConfig().collective_timeout_seconds
 _SAVED_HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
 
 
-def start_distributed(*, timeout_seconds: int | None = None, port: int | None = None) -> Ranks:
+def start_distributed(*, timeout_seconds: int = DEFAULT_TIMEOUT_SECONDS, port: int | None = None) -> Ranks:
     """Starts or joins the process group, under a launcher or alone; returns the ranks over a group of their own.
 
     Args:
@@ -67,6 +68,7 @@ def start_distributed(*, timeout_seconds: int | None = None, port: int | None = 
             probe.bind(("127.0.0.1", port or 0))
             free = probe.getsockname()[1]
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free)}
+    if world_size() == 1:
         os.environ.setdefault("LOCAL_RANK", "0")
     # Before NCCL meets: it binds a rank to the device that is current then.
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -74,7 +76,7 @@ def start_distributed(*, timeout_seconds: int | None = None, port: int | None = 
         torch.cuda.set_device(local_rank)
     # The shared-memory transport would be compiled at the first start (35 s), for sums within one machine's CPU.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    options: dict[str, Any] = {} if timeout_seconds is None else {"timeout": timedelta(seconds=timeout_seconds)}
+    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_seconds)}
     if port is not None:
         options["distributed_port"] = port
     deepspeed.init_distributed(verbose=False, **options)
@@ -82,7 +84,7 @@ def start_distributed(*, timeout_seconds: int | None = None, port: int | None = 
         # ZeRO's group, which DeepSpeed would make with the backend's default timeout, whatever it was given above.
         process_groups._WORLD_GROUP = dist.new_group(list(range(dist.get_world_size())), timeout=options["timeout"])
     # Its own group: sums of re-initializations run beside ZeRO's and must not be mixed up with them.
-    group = dist.new_group(timeout=options.get("timeout"))
+    group = dist.new_group(timeout=options["timeout"])
     return Ranks(group, device=deepspeed.get_accelerator().current_device_name())
 
 
@@ -153,7 +155,8 @@ class LoQTEngine(DeepSpeedEngine):
         store = ShardedFactors(self._state)
         self.controller = Controller(layers, config.loqt, store, original=original, seed=config.train.seed, ranks=ranks)
         self._rates = LearningRates(config, self.controller.schedule) if scheduled else None
-        self._in_step = False
+        # Whether a step has been opened; and whether one of its gradients is there.
+        self._in_step = self._has_gradients = False
         for name, layer in layers.items():
             layer.B.register_post_accumulate_grad_hook(self._gradient_hook(name))
 
@@ -216,6 +219,7 @@ class LoQTEngine(DeepSpeedEngine):
 
     def _gradient_hook(self, name: str) -> Callable[[Tensor], None]:
         def hook(_: Tensor) -> None:
+            self._has_gradients = True
             # Within `no_sync`, more of this step's gradient is to come.
             if self._in_step and self.is_gradient_accumulation_boundary() and not self.inside_no_sync_ctxt:
                 self.controller.gradient_complete(name)
@@ -223,9 +227,9 @@ class LoQTEngine(DeepSpeedEngine):
         return hook
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        """As `DeepSpeedEngine.forward`. The first one of a step that trains (in training mode, with gradients on) opens
-        the step; evaluation and generation do not."""
-        if self.module.training and torch.is_grad_enabled() and not self._in_step:
+        """As `DeepSpeedEngine.forward`. The first one of a step with gradients on opens the step; evaluation and
+        generation without do not."""
+        if torch.is_grad_enabled() and not self._in_step:
             self.controller.begin_step(self.global_steps)
             self._in_step = True
         return super().forward(*inputs, **kwargs)
@@ -236,6 +240,11 @@ class LoQTEngine(DeepSpeedEngine):
         Raises ReplicaMismatch before and after a re-initialization if the ranks do not hold the same model.
         """
         boundary, step = self.is_gradient_accumulation_boundary(), self.global_steps
+        if self._has_gradients and not self._in_step:
+            raise RuntimeError(
+                "there are gradients of a forward that did not go through the engine, so that its re-initializations "
+                "would see nothing; call engine(...) instead of engine.module(...)"
+            )
         if self._rates is not None:
             lr, lr_full_rank = self._rates.at(step)
             for group, is_factor in zip(self.optimizer.param_groups, self._group_is_factor, strict=True):
@@ -249,7 +258,7 @@ class LoQTEngine(DeepSpeedEngine):
             # Afterwards all ranks hold what the owners have merged, damaged or not.
             check_replicas(self.module, self.ranks)
         reinit = self.controller.end_step(applied)
-        self._in_step = False
+        self._in_step = self._has_gradients = False
         if reinit is not None:
             check_replicas(self.module, self.ranks)
         norm = self.get_global_grad_norm()
@@ -280,7 +289,7 @@ class LoQTEngine(DeepSpeedEngine):
     # ---------------------------------------------------------------- saving
 
     def saved_tensors(self) -> dict[str, dict[str, Tensor]]:
-        assert not self._in_step, "a checkpoint is taken between steps"
+        self._between_steps("a checkpoint is taken")
         check_replicas(self.module, self.ranks)
         random = random_tensors(self.device)
         if isinstance(self.basic_optimizer, RoundingAdam):
@@ -290,6 +299,14 @@ class LoQTEngine(DeepSpeedEngine):
             "optimizer": self._state.saved(),
             "random": random,
         }
+
+    def _between_steps(self, what: str) -> None:
+        """Raises ValueError within a step; one without a gradient yet (a forward that was looked at) is taken back."""
+        if self._has_gradients:
+            raise ValueError(f"{what}: a step has begun; wait for the engine.step() of its last micro-batch")
+        if self._in_step:
+            self.controller.abandon_step()
+            self._in_step = False
 
     def saved_state(self) -> dict[str, Any]:
         state = {
@@ -313,6 +330,7 @@ class LoQTEngine(DeepSpeedEngine):
         state = checkpoint.metadata["engine_state"]
         self.controller.load_state_dict(state["controller"])  # first: it may refuse
         load_model(self.module, checkpoint)
+        self.controller.check_originals()
         self._state.restore(checkpoint)
         random = restore_random(checkpoint, self.ranks, self.device, self._loqt_config.train.seed)
         rounding = random.get(f"rounding_{self.device.type}")
@@ -342,7 +360,11 @@ class LoQTEngine(DeepSpeedEngine):
 
     def release(self) -> None:
         self.destroy()
-        del self._state, self.controller.store, self.optimizer
+        # DeepSpeed's `destroy` leaves the partitions with the optimizer that was handed to it.
+        self.basic_optimizer.state.clear()
+        self.basic_optimizer.param_groups.clear()
+        self.lr_scheduler = None
+        del self._state, self.controller.store, self.optimizer, self.basic_optimizer
 
     # ---------------------------------------------------------------- what DeepSpeed's users call
 
@@ -362,8 +384,7 @@ class LoQTEngine(DeepSpeedEngine):
         if not save_latest or exclude_frozen_parameters:
             option = "exclude_frozen_parameters=True" if exclude_frozen_parameters else "save_latest=False"
             raise ValueError(f"save_checkpoint: {option}: a checkpoint is whole, and `latest` names the newest")
-        if self._in_step:
-            raise ValueError("save_checkpoint: a step has begun; save after the engine.step() of its last micro-batch")
+        self._between_steps("save_checkpoint")
         self.ranks.attempt(lambda: _check_json(client_state))
         metadata = {
             "config": self._loqt_config.to_dict(),
@@ -403,7 +424,7 @@ class LoQTEngine(DeepSpeedEngine):
         """Goes on from LOAD_DIR/TAG, or from the newest undamaged checkpoint in LOAD_DIR.
 
         Returns (its path, client state); (None, {}) where there is none. With `load_module_only`, or without optimizer
-        states, the weights are loaded and training starts anew from them; layers that have a P keep it.
+        states, the weights are loaded and training starts anew from them, with a re-initialization at its first step.
         Raises CheckpointError for a damaged or unfit checkpoint, ValueError for options that it does not have.
         """
         if not load_module_strict or custom_load_fn is not None or not load_lr_scheduler_states:
@@ -411,6 +432,7 @@ class LoQTEngine(DeepSpeedEngine):
                 "load_checkpoint: load_module_strict=False, load_lr_scheduler_states=False and custom_load_fn are not "
                 "supported: a checkpoint is loaded whole, or its weights alone (load_module_only=True)"
             )
+        self._between_steps("load_checkpoint")
         root = Path(load_dir)
 
         def find() -> str | None:
@@ -425,6 +447,7 @@ class LoQTEngine(DeepSpeedEngine):
         if load_module_only or not load_optimizer_states:
             self.controller.load_state_dict(checkpoint.metadata["engine_state"]["controller"])
             load_model(self.module, checkpoint)
+            self.controller.check_originals()
             self._state.start_anew()
         else:
             self.restore(checkpoint)
@@ -450,10 +473,14 @@ class LoQTEngine(DeepSpeedEngine):
         )
 
     def _model_config(self) -> Any:
-        """The transformers configuration of the model, None for other models."""
-        from transformers import PreTrainedModel
+        """The transformers configuration of a causal language model, None for other models."""
+        from transformers import AutoModelForCausalLM, PreTrainedModel
 
-        return self.module.config if isinstance(self.module, PreTrainedModel) else None
+        if not isinstance(self.module, PreTrainedModel):
+            return None
+        # Others (classifiers, say) are not what an export is reloaded as.
+        known = AutoModelForCausalLM._model_mapping.get(type(self.module.config), ())
+        return self.module.config if type(self.module) in (known if isinstance(known, tuple) else (known,)) else None
 
 
 def _check_json(client_state: dict[str, Any] | None) -> None:

@@ -21,7 +21,7 @@ from deepspeed.pipe import PipelineModule
 from torch import Tensor, nn
 
 from loqt_ds.config import Config, ConfigError
-from loqt_ds.engines.deepspeed import LoQTEngine, start_distributed
+from loqt_ds.engines.deepspeed import DEFAULT_TIMEOUT_SECONDS, LoQTEngine, start_distributed
 from loqt_ds.engines.ds_config import parameter_dtype, plugin_config, read_json
 from loqt_ds.method.conversion import checkpoint_files, convert, initializer, loqt_layers, materialize
 from loqt_ds.ranks import Ranks
@@ -65,7 +65,8 @@ def initialize(
     Returns:
         (engine, optimizer, data loader or None, scheduler or None).
 
-    Raises ConfigError for what cannot be honoured, before any weight is converted.
+    Raises ConfigError for what cannot be honoured, before any weight is converted (but for what an optimizer function
+    makes, which is called on the converted parameters).
     """
     if mpu is not None or mesh_param is not None:
         raise ConfigError(
@@ -83,33 +84,49 @@ def initialize(
     if dist_init_required is False and not dist.is_initialized():
         raise ConfigError("dist_init_required=False, and there is no process group; start one, or leave it out")
     port = distributed_port if dist_init_required is not False else None
-    ranks = start_distributed(timeout_seconds=_timeout_seconds(source), port=port)
+    section = _section(source)
+    seconds = section.get("collective_timeout_seconds")
+    if not isinstance(seconds, int) or isinstance(seconds, bool) or seconds <= 0:  # refused below, if it is given
+        seconds = DEFAULT_TIMEOUT_SECONDS
+    ranks = start_distributed(timeout_seconds=seconds, port=port)
+    scheduled = "max_steps" in section
+    is_function = optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer)
 
     def check(model: nn.Module = model) -> tuple[Config, dict[str, Any], list[tuple[list[str], dict[str, Any]]]]:
         ours, ds_config = plugin_config(source)
-        if lr_scheduler is not None and ours.optim.schedule != "constant":
+        if lr_scheduler is not None and scheduled:
             raise ConfigError("lr_scheduler and loqt.max_steps both decide the learning rate; give one of them")
         if optimizer is not None and _read(source).get("optimizer"):
             raise ConfigError("optimizer is given, and the config has an `optimizer` section; give one of them")
+        stated = [name for name in ("lr", "lr_full_rank", "betas", "eps", "weight_decay") if name in section["optim"]]
+        if optimizer is not None and stated:
+            raise ConfigError(f"optimizer is given, and loqt.optim.{stated[0]}; give one of them")
         _check_weights(model, weights)
-        return ours, ds_config, _named_groups(model, optimizer, model_parameters)
+        named = _named_groups(model, optimizer, model_parameters)
+        for _, options in named:
+            if "lr" in options and scheduled:
+                raise ConfigError(f"a group with lr={options['lr']} and loqt.max_steps: give one of them")
+        return ours, ds_config, named
 
     ours, ds_config, named = ranks.attempt(check)  # what one rank refuses, none goes on with
-    model, original = _convert(model, ours, ds_config, named, ranks, weights)
+    model, original, originals = _convert(model, ours, ds_config, named, ranks, weights)
     engine = LoQTEngine(
         model,
         ours,
         ds_config,
         ranks=ranks,
-        groups=_groups(model, named, ours),
+        groups=_groups(model, named, None if is_function else ours),
         original=original,
-        scheduled=ours.optim.schedule != "constant",
-        optimizer=_checked(optimizer) if not isinstance(optimizer, torch.optim.Optimizer | None) else None,
+        scheduled=scheduled,
+        optimizer=_checked(optimizer) if is_function else None,
         training_data=training_data,
         lr_scheduler=lr_scheduler,
         collate_fn=collate_fn,
         args=args,
     )
+    for name, owner in engine.controller.owners.items():
+        if owner != ranks.rank:
+            originals.pop(name, None)  # the owner alone asks for it
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
@@ -133,11 +150,11 @@ def _read(source: Any) -> dict[str, Any]:
     return source if isinstance(source, dict) else read_json(source, option="config")
 
 
-def _timeout_seconds(source: Any) -> int | None:
-    """`loqt.collective_timeout_seconds`, which is needed before the rest can be checked."""
+def _section(source: Any) -> dict[str, Any]:
+    """The section "loqt" as it was given; what is wrong with it is told later, by all ranks together."""
     section = _read(source).get("loqt")
-    value = section.get("collective_timeout_seconds") if isinstance(section, dict) else None
-    return value if isinstance(value, int) and value > 0 else None
+    section = dict(section) if isinstance(section, dict) else {}
+    return section | {"optim": section["optim"] if isinstance(section.get("optim"), dict) else {}}
 
 
 def _check_weights(model: nn.Module, weights: str | Path | None) -> None:
@@ -200,15 +217,23 @@ def _named_groups(
     return groups
 
 
-def _groups(model: nn.Module, named: list[tuple[list[str], dict[str, Any]]], config: Config) -> list[dict[str, Any]]:
-    """Torch-style groups of the converted model: B in the place of its weight, in groups apart from the others'."""
+def _groups(
+    model: nn.Module, named: list[tuple[list[str], dict[str, Any]]], config: Config | None
+) -> list[dict[str, Any]]:
+    """Torch-style groups of the converted model: B in the place of its weight, in groups apart from the others'.
+
+    What a group does not state is `config.optim`'s; without `config`, it is left to the optimizer."""
     parameters = dict(model.named_parameters())
     layers = loqt_layers(model)
-    optim = config.optim
+    of_factors_by_default: dict[str, Any] = {}
+    others_by_default: dict[str, Any] = {}
+    if config is not None:
+        optim = config.optim
+        full_rank = optim.lr if optim.lr_full_rank is None else optim.lr_full_rank
+        of_factors_by_default = {"lr": optim.lr, "weight_decay": optim.weight_decay}
+        others_by_default = {"lr": full_rank, "weight_decay": optim.weight_decay}
     groups = []
     for names, options in named:
-        if "lr" in options and optim.schedule != "constant":
-            raise ConfigError(f"a group with lr={options['lr']} and loqt.max_steps: give one of them")
         of_factors, others = [], []
         for name in names:
             layer, _, short = name.rpartition(".")
@@ -216,10 +241,9 @@ def _groups(model: nn.Module, named: list[tuple[list[str], dict[str, Any]]], con
                 of_factors.append(parameters[f"{layer}.B"])
             elif name in parameters:  # else tied to another, which is there
                 others.append(parameters[name])
-        full_rank = optim.lr if optim.lr_full_rank is None else optim.lr_full_rank
-        for params, rate in ((of_factors, optim.lr), (others, full_rank)):
+        for params, default in ((of_factors, of_factors_by_default), (others, others_by_default)):
             if params:
-                groups.append({"params": params, "lr": rate, "weight_decay": optim.weight_decay} | options)
+                groups.append({"params": params} | default | options)
     return groups
 
 
@@ -252,15 +276,15 @@ def _convert(
     named: list[tuple[list[str], dict[str, Any]]],
     ranks: Ranks,
     weights: str | Path | None,
-) -> tuple[nn.Module, Callable[[str], Tensor]]:
-    """The converted model, and where its original weights can be had for the first initialization."""
+) -> tuple[nn.Module, Callable[[str], Tensor], dict[str, Tensor]]:
+    """The converted model, where its original weights can be had for the first initialization, and those in memory."""
     dtype = parameter_dtype(ds_config)
     if weights is not None:
         make = initializer(config.train.seed) if weights == "init" else checkpoint_files(weights, option="weights")
         model, source = materialize(
             _with_real_buffers(model), config.loqt, make, device=ranks.device, dtype=dtype, ranks=ranks
         )
-        return model, source.weight
+        return model, source.weight, {}
     ranks.attempt(lambda: _check_dtype(model, dtype))
     model.to(ranks.device)
     for parameter in model.parameters():
@@ -269,7 +293,7 @@ def _convert(
         ranks.broadcast(whole, 0)
         parameter.data.copy_(whole)
     originals = ranks.attempt(lambda: convert(model, config.loqt))
-    return model, originals.pop  # let go as they are used
+    return model, originals.__getitem__, originals
 
 
 def _check_dtype(model: nn.Module, dtype: torch.dtype) -> None:

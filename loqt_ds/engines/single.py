@@ -195,6 +195,7 @@ class SingleEngine:
         state = checkpoint.metadata["engine_state"]
         self.controller.load_state_dict(state["controller"])  # first: it may refuse
         load_model(self._model, checkpoint)
+        self.controller.check_originals()
         self._state.restore(checkpoint)
         random = restore_random(checkpoint, self.ranks, self.device, self._config.train.seed)
         # On another kind of device the roundings to come are others, as all arithmetic is.

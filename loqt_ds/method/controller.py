@@ -145,17 +145,18 @@ class _Gathered:
     """One layer's share of the gradient, summed over the micro-batches of a step, then over the ranks."""
 
     total: Tensor  # A (k, l) in float32, or A [Ω, Z] (k, c + q) in the dtype of B
-    columns: Tensor | None  # [Ω, Z] (l, c + q) of a sketch
+    columns: Tensor | None  # [Ω, Z] (l, c + q) of a sketch, on ranks that have met the layer
+    is_sketch: bool
     num_tokens: int = 0  # rows the sum came from: A has at most this rank
     reduction: Work | None = None  # the sum over the ranks, once it is under way
 
     def sketch(self) -> Tensor:
         """What P is found from: A, or A Ω."""
-        return self.total if self.columns is None else self.total[:, :-NUM_PROBES]
+        return self.total[:, :-NUM_PROBES] if self.is_sketch else self.total
 
     def probed(self) -> Tensor:
         """What P's energy is measured on: A, or A Z."""
-        return self.total if self.columns is None else self.total[:, -NUM_PROBES:]
+        return self.total[:, -NUM_PROBES:] if self.is_sketch else self.total
 
 
 @dataclass
@@ -290,7 +291,8 @@ class Controller:
         width = columns_of_omega + NUM_PROBES if sketched else layer.factor_length
         # Sums of sketches lose nothing measurable in bf16; a dense gradient is wanted exactly.
         dtype = torch.bfloat16 if sketched and layer.B.dtype == torch.bfloat16 else torch.float32
-        return _Gathered(torch.zeros(layer.basis_shape[0], width, device=layer.B.device, dtype=dtype), columns)
+        total = torch.zeros(layer.basis_shape[0], width, device=layer.B.device, dtype=dtype)
+        return _Gathered(total, columns, sketched)
 
     def _layer_seed(self, name: str) -> int:
         assert self._current is not None
@@ -406,7 +408,7 @@ class Controller:
                 return _Pending(None, report)
             # A layer without any P would learn nothing until the next time: it starts from a random basis.
             report.method, report.kept = f"random ({report.kept})", None
-            nothing = torch.zeros(layer.basis_shape[0], 0, device=layer.B.device)
+            nothing = torch.zeros(layer.basis_shape[0], 0, dtype=torch.float32, device=layer.B.device)
             full = complete_basis(nothing, layer.rank, previous=None, seed=seed)
         report.num_from_previous, report.num_random = full.num_from_previous, full.num_random
         return _Pending(quantize(full.vectors, layer.spec_p), report)
@@ -489,7 +491,8 @@ class Controller:
         num_values = 3 if projected else 1
         if values is None:
             # float32: B goes into masters as it was computed.
-            values = [torch.empty(layer.B.shape, device=layer.B.device) for _ in range(num_values)]
+            blank = torch.empty(layer.B.shape, dtype=torch.float32, device=layer.B.device)
+            values = [torch.empty_like(blank) for _ in range(num_values)]
         if self.ranks.world_size > 1:
             values = [value.contiguous() for value in values]
         for value in values:
@@ -542,6 +545,27 @@ class Controller:
             "initialized": sorted(self._initialized),
             "overdue": self._overdue,
         }
+
+    @torch.no_grad()
+    def check_originals(self) -> None:
+        """After a checkpoint was loaded: forgets the original weights if they are not those that W was quantized from.
+        Collective."""
+        if self._original is None:
+            return
+        num_others = 0
+        for name, layer in self.layers.items():
+            if name in self._initialized or self.owners[name] != self.ranks.rank:
+                continue
+            packed = quantize(self._original(name).to(layer.B.device, torch.float32), layer.spec_w)
+            num_others += any(not torch.equal(packed[key], stored) for key, stored in layer.packed_w().items())
+        if self.ranks.sum_numbers(num_others) != [0]:
+            self._original, self._let_go = None, True
+
+    def abandon_step(self) -> None:
+        """Takes back `begin_step`, of a step without a gradient."""
+        for layer in self.layers.values():
+            layer.tap = None
+        self._current = None
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict`. Raises ValueError if it is of before the first initialization, and the original

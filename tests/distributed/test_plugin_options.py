@@ -597,6 +597,76 @@ def test_a_bf16_model_without_the_section_is_refused() -> None:
         start(Net().bfloat16())
 
 
+# ---------------------------------------------------------------- when a step begins
+
+
+def test_a_model_in_evaluation_mode_is_trained_like_any_other() -> None:
+    """`from_pretrained` gives models in this mode, and DeepSpeed does not ask."""
+    model = Net().eval()
+    assert learn(start(model), 8) == learn(start(), 8)
+    assert not model.training and all(layer.B.any() for layer in loqt_layers(model).values())
+
+
+def test_a_forward_past_the_engine_is_refused() -> None:
+    engine = start()
+    learn(engine, 1)
+    engine.backward(engine.module(batch(1)))
+    with pytest.raises(RuntimeError, match=r"engine\(\.\.\.\) instead of engine.module"):
+        engine.step()
+
+
+def test_saving_and_loading_wait_for_the_step(tmp_path: Path) -> None:
+    engine = start()
+    learn(engine, 1)
+    engine(batch(1))  # looked at only
+    engine.save_checkpoint(tmp_path)
+    assert all(layer.tap is None for layer in loqt_layers(engine.module).values())
+    engine.backward(engine(batch(1)))
+    for act in (engine.save_checkpoint, engine.load_checkpoint):
+        with pytest.raises(ValueError, match="a step has begun"):
+            act(tmp_path)
+    engine.step()
+    engine.load_checkpoint(tmp_path)
+    assert engine.global_steps == 1
+
+
+def test_the_first_initialization_after_a_checkpoint_of_other_weights(tmp_path: Path) -> None:
+    """What is compensated for is the weight that was saved, not that of the model it was loaded into."""
+    start(Net(seed=1)).save_checkpoint(tmp_path)
+    engine = start(Net(seed=2))
+    engine.load_checkpoint(tmp_path)
+    before = {name: layer.effective_weight() for name, layer in loqt_layers(engine.module).items()}
+    learn(engine, 1)
+    for name, layer in loqt_layers(engine.module).items():
+        change = (layer.effective_weight() - before[name]).norm() / before[name].norm()
+        assert change < 0.15, "a rounding, and not another model"
+
+
+# ---------------------------------------------------------------- whose hyper-parameters
+
+
+def test_a_function_decides_what_it_states() -> None:
+    config = settings(optimizer=None)
+    made = start(config=config, optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-4, weight_decay=0.1))
+    assert {(group["lr"], group["weight_decay"]) for group in made.optimizer.param_groups} == {(1e-4, 0.1)}
+
+
+@pytest.mark.parametrize("name", ["lr", "lr_full_rank", "weight_decay"])
+def test_an_optimizer_and_options_of_ours_contradict(name: str) -> None:
+    model = Net()
+    config = settings(optimizer=None, loqt={"optim": {name: 0.02}})
+    with pytest.raises(ConfigError, match=f"optimizer is given, and loqt.optim.{name}"):
+        start(model, config=config, optimizer=torch.optim.AdamW(model.parameters()))
+    assert not loqt_layers(model), "refused before anything was converted"
+
+
+def test_warm_up_to_a_constant_rate() -> None:
+    loqt = {"max_steps": 100, "optim": {"lr": 0.02, "schedule": "constant", "warmup_steps": 50}}
+    engine = start(config=settings(optimizer=None, loqt=loqt))
+    learn(engine, 2)
+    assert engine.optimizer.param_groups[0]["lr"] == pytest.approx(0.02 * 2 / 50)
+
+
 # ---------------------------------------------------------------- models on the meta device
 
 
