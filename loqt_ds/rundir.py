@@ -181,6 +181,11 @@ def choose_checkpoint(
     if path is None:
         return None
     checkpoint = load_checkpoint(path, verify=False)  # find_checkpoint has just verified it
+    if "data" not in checkpoint.metadata:
+        raise CheckpointError(
+            f"checkpoint.resume={config.checkpoint.resume}: {path} was saved by a script of its own (engine."
+            "save_checkpoint), and knows nothing of a recipe's data; go on from it in that script"
+        )
     compare_options(checkpoint, config, ds_config, world_size, say)
     return checkpoint
 

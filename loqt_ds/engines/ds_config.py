@@ -96,13 +96,24 @@ def read_json(path: str | Path, *, option: str) -> dict[str, Any]:
     return given
 
 
+def _is_off(name: str, value: Any) -> bool:
+    """Whether a section that cannot be honoured asks for nothing, as configurations that were copied often do."""
+    if name == "sequence_parallel_size":
+        return value == 1
+    if not isinstance(value, dict):
+        return False
+    if name == "tensor_parallel":
+        return value.get("autotp_size", 0) in (0, 1)
+    return value.get("enabled") is False or value.get("device") == "none"
+
+
 def _check_sections(
     given: dict[str, Any], where: str, *, refused: dict[str, str], honoured: Iterable[str] = _HONOURED
 ) -> None:
     """What is the same for both ways in: sections that cannot be honoured, or are not known."""
     known = tuple(honoured)
     for name, section in given.items():
-        if name in refused and section and not (isinstance(section, dict) and section.get("enabled") is False):
+        if name in refused and section and not _is_off(name, section):
             raise ConfigError(f"{where}: `{name}` cannot be honoured: {refused[name]}")
         if name not in known and name not in refused:
             close = difflib.get_close_matches(name, known, n=1)
@@ -123,7 +134,7 @@ def _check_sections(
             "has not multiplied the loss with; use stage 1 or 2, or bf16"
         )
     for name, reason in _REFUSED_ZERO.items():
-        if zero.get(name):
+        if zero.get(name) and not _is_off(name, zero[name]):
             raise ConfigError(f"{where}: zero_optimization.{name} cannot be honoured: {reason}")
     if zero.get("compute_grad_norm") is False:
         raise ConfigError(

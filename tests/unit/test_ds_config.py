@@ -50,6 +50,7 @@ def refused_by_plugin(content: Any) -> str:
 REFUSED = [
     ({"zero_optimization": {"stage": 3}}, ["zero_optimization.stage=3", "would not shard", "use 0, 1 or 2"]),
     ({"zero_optimization": {"stage": 4}}, ["zero_optimization.stage=4", "use 0, 1 or 2"]),
+    ({"sequence_parallel_size": 2}, ["sequence_parallel_size", "data parallelism"]),
     ({"zero_optimization": {"stage": "auto"}}, ["zero_optimization.stage=auto", "use 0, 1 or 2"]),
     ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, ["offload_optimizer", "remove"]),
     ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, ["offload_param", "remove"]),
@@ -94,6 +95,8 @@ def test_what_cannot_be_honoured_is_refused_with_the_reason(
         {"zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 1000}},
         {"fp16": {"enabled": False}, "zero_optimization": {"offload_optimizer": None}},
         {"communication_data_type": "bf16", "prescale_gradients": True, "gradient_predivide_factor": 2.0},
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}},
+        {"sequence_parallel_size": 1, "tensor_parallel": {"autotp_size": 1}},
         {"comms_logger": {"enabled": True}, "steps_per_print": 10, "wall_clock_breakdown": True, "dump_state": False},
     ],
     ids=str,

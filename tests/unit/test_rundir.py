@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from loqt_ds.checkpoint import Checkpoint, CheckpointError
+from loqt_ds.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from loqt_ds.config import Config, ConfigError, TrainConfig
-from loqt_ds.rundir import Lock, claim_directory, compare_options, is_claimed_by
+from loqt_ds.rundir import Lock, choose_checkpoint, claim_directory, compare_options, is_claimed_by
 
 ZERO2 = {"zero_optimization": {"stage": 2, "overlap_comm": False}, "train_batch_size": 8}
 
@@ -96,3 +96,13 @@ def test_a_claim_is_told_from_another_of_the_same_path(tmp_path: Path) -> None:
     _, second = claim_directory(Config(), directory)
     assert is_claimed_by(directory, second.token) and not is_claimed_by(directory, lock.token)
     second.file.close()
+
+
+def test_a_checkpoint_of_a_script_of_its_own_is_no_runs(tmp_path: Path) -> None:
+    """`engine.save_checkpoint` of the plugin knows of no data; the message says where it belongs."""
+    metadata = {"config": Config().to_dict(), "engine_state": {}, "client_state": {}}
+    path = save_checkpoint(tmp_path / "saves", 3, tensors={"model": {}}, metadata=metadata, keep=0)
+    wanted = Config()
+    wanted.checkpoint.resume = str(path)
+    with pytest.raises(CheckpointError, match="script of its own"):
+        choose_checkpoint(wanted, tmp_path / "run", None, 1, print)
