@@ -57,7 +57,7 @@ def start_distributed(*, timeout_seconds: int = DEFAULT_TIMEOUT_SECONDS, port: i
     """Starts or joins the process group, under a launcher or alone; returns the ranks over a group of their own.
 
     Args:
-        timeout_seconds: after which a collective that some rank does not join is an error; None: DeepSpeed's default.
+        timeout_seconds: after which a collective that some rank does not join is an error.
         port: of rank 0, where the launcher names none.
     """
     # Its warnings about this engine's choices (an optimizer "untested" with ZeRO) are answered in this room.
@@ -80,12 +80,15 @@ def start_distributed(*, timeout_seconds: int = DEFAULT_TIMEOUT_SECONDS, port: i
     if port is not None:
         options["distributed_port"] = port
     deepspeed.init_distributed(verbose=False, **options)
-    if timeout_seconds is not None and process_groups._WORLD_GROUP is None:
+    device = deepspeed.get_accelerator().current_device_name()
+    if dist.get_world_size() == 1:
+        return Ranks(device=device)  # nobody to talk to: a group would only hold files open
+    if process_groups._WORLD_GROUP is None:
         # ZeRO's group, which DeepSpeed would make with the backend's default timeout, whatever it was given above.
         process_groups._WORLD_GROUP = dist.new_group(list(range(dist.get_world_size())), timeout=options["timeout"])
     # Its own group: sums of re-initializations run beside ZeRO's and must not be mixed up with them.
     group = dist.new_group(timeout=options["timeout"])
-    return Ranks(group, device=deepspeed.get_accelerator().current_device_name())
+    return Ranks(group, device=device)
 
 
 class LoQTEngine(DeepSpeedEngine):

@@ -356,6 +356,7 @@ def flipped(outcome: Outcome, layer: int = 0, *, resume: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_stopped_launcher_then_a_flipped_bit_then_a_rank_that_hangs(
     workshop: Workshop, straight: Path, tmp_path: Path
 ) -> None:

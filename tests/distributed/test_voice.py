@@ -204,6 +204,7 @@ def stopped_0(voice: Voice) -> None:
     wait_for_others(voice)
 
 
+@pytest.mark.slow
 def test_a_rank_0_that_is_stopped_keeps_nobody(tmp_path: Path) -> None:
     ended = together(3, stopped_0, tmp_path)
     (line,) = ended.said
@@ -271,6 +272,7 @@ def impatient(voice: Voice) -> None:
     voice.in_turn(voice.ranks.rank == 2, action)
 
 
+@pytest.mark.slow
 def test_turns_have_no_time_limit(tmp_path: Path) -> None:
     ended = together(3, patient, tmp_path)
     assert ended.said == [] and ended.statuses == [0, 0, 0]

@@ -146,7 +146,8 @@ def test_the_code_in_readme_runs(block: str, tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "exported" / "model.safetensors")
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     x = torch.randn(500, 63)
-    assert (model(x) - x.roll(1, dims=1)).square().mean().item() == pytest.approx(sum(found[-5:]) / 5, rel=0.1)
+    # Drawn anew in every run, and it still learns at the end; an export that had lost B would be near the beginning.
+    assert (model(x) - x.roll(1, dims=1)).square().mean().item() == pytest.approx(sum(found[-5:]) / 5, rel=0.35)
 
 
 # ---------------------------------------------------------------- under launchers

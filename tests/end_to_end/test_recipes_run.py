@@ -132,6 +132,7 @@ def test_a_deepspeed_configuration_runs_on_two_ranks(ds_config: Path, workshop: 
     assert export["perplexity"] == pytest.approx(export["perplexity_trained"], rel=0.1)
 
 
+@pytest.mark.slow
 def test_the_real_launcher(workshop: Workshop, tmp_path: Path) -> None:
     """One process; a stranger's terminal gets nothing odd from the program itself, and it starts while another run has
     the launcher's port."""
