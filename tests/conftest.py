@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,3 +28,11 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set LOQT_TEST_DATA to a folder that has it")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_process_group_left() -> Iterator[None]:
+    """Ends a process group that a module's tests started in this process: DeepSpeed asks it for the number of ranks."""
+    yield
+    if "deepspeed" in sys.modules and sys.modules["torch"].distributed.is_initialized():
+        sys.modules["deepspeed"].comm.destroy_process_group()

@@ -67,6 +67,7 @@ def member(rank: int, world_size: int, folder: Path, action: Callable[..., Any],
     ranks = Ranks(dist.new_group(timeout=COLLECTIVE_TIMEOUT), device="cpu")
     outcome: Any
     try:
+        ranks.barrier()  # a peer that dies at once must not die while this rank still connects to it
         outcome = action(ranks, *arguments)
     except Exception as error:
         outcome = f"{type(error).__name__}: {error}"
