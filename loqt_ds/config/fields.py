@@ -26,6 +26,9 @@ class ModelConfig:
     rounded up to a multiple of 64."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers; flash_attention_2 needs its package, a CUDA device and bf16."""
+    kernels: Literal["torch", "liger"] = "torch"
+    """Who computes normalization, gated activation and loss: torch, or Liger-Kernel's fused kernels (a CUDA device and
+    `pip install 'loqt-ds[liger]'`); both keep the same few tensors for the backward."""
 
 
 @dataclass
@@ -173,10 +176,19 @@ class TrainConfig:
     """Seeds initial weights, data order and sketches."""
     max_grad_norm: float | None = None
     """Gradients are scaled down to this norm where theirs is larger; null: no clipping."""
+    max_grad_norm_per_parameter: float | None = None
+    """Each parameter's gradient is scaled down to this norm where its own is larger; the clipping that layer-wise
+    updates can honour. null: none."""
     activation_checkpointing: bool = False
     """Recompute each block's activations in backward: less memory, about a third more time."""
+    lean_activations: bool = True
+    """Keep for the backward only what frozen weights need: normalized and activated values are computed again (12 h +
+    4 i + 12 r bytes a token and layer in bf16 instead of 20 h + 8 i + 12 r)."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, or cuda:N."""
+    memory_limit_gib: float | None = None
+    """Memory of the device that this run may use, GiB; null: all of it. A plan above it is told before weights are made
+    or refused; on CUDA an allocation beyond it fails."""
     collective_timeout_seconds: int = 1800
     """How long ranks that train together wait for one another before they take the missing one for lost."""
 

@@ -55,6 +55,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "train.gradient_accumulation_steps": _positive,
     "train.seed": (lambda value: 0 <= value < 2**32, "from 0 to 4294967295"),
     "train.max_grad_norm": (lambda value: value > 0, "above 0, or null for no clipping"),
+    "train.max_grad_norm_per_parameter": (lambda value: value > 0, "above 0, or null for no clipping"),
+    "train.memory_limit_gib": (lambda value: value > 0, "above 0, or null for the whole device"),
     "train.device": (lambda value: bool(re.fullmatch(r"auto|cpu|cuda(:\d+)?", value)), "auto, cpu, cuda, or cuda:N"),
     "train.collective_timeout_seconds": _positive,
     "eval.every": _not_negative,
