@@ -89,31 +89,36 @@ def gram_basis(gradient: Tensor, rank: int) -> Basis:
 
     Raises LinAlgError where the eigendecomposition fails.
     """
-    gradient = gradient.detach()
-    num_rows, num_columns = gradient.shape
-    gram = torch.zeros(num_rows, num_rows, dtype=torch.float64, device=gradient.device)
-    for chunk in gradient.split(max(1, _CHUNK // max(num_rows, 1)), dim=1):  # never a float64 copy of the whole
+    vectors, values = _left_vectors(gradient.detach())
+    return _cut(vectors, values, rank, _tolerance(gradient))
+
+
+def _left_vectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors (m, m) of a matrix (m, n) and its min(m, n) singular values, largest first, float64."""
+    num_rows, num_columns = matrix.shape
+    gram = torch.zeros(num_rows, num_rows, dtype=torch.float64, device=matrix.device)
+    for chunk in matrix.split(max(1, _CHUNK // max(num_rows, 1)), dim=1):  # never a float64 copy of the whole
         wide = chunk.double()
         gram.addmm_(wide, wide.T)
     values, vectors = torch.linalg.eigh(gram)  # ascending; eigenvectors are the COLUMNS
     values, vectors = values.flip(0).clamp_(min=0).sqrt_(), vectors.flip(1)
-    return _cut(vectors, values[: min(num_rows, num_columns)], rank, _tolerance(gradient))
+    return vectors, values[: min(num_rows, num_columns)]
 
 
 @torch.no_grad()
 def sketch_basis(sketch: Tensor, rank: int) -> Basis:
-    """Top singular vectors of a sketch S = A Ω (k, c): QR, then the SVD of the small triangle."""
+    """Top singular vectors of a sketch S = A Ω (k, c): QR, then those of the small triangle R, as eigenvectors of
+    R Rᵀ in float64."""
     q, r = torch.linalg.qr(sketch.detach().float())  # (k, min(k, c)), (min(k, c), c)
-    left, values, _ = torch.linalg.svd(r, full_matrices=False)
-    tolerance = _tolerance(sketch)
-    small = _cut(left, values, rank, tolerance)
+    left, values = _left_vectors(r)
+    small = _cut(left, values, rank, _tolerance(sketch))
     return Basis(q @ small.vectors, small.numerical_rank)
 
 
 _METHODS: dict[str, tuple[tuple[str, Callable[[Tensor, int], Basis]], ...]] = {
     "exact": (("exact", exact_basis), ("gram", gram_basis)),
     "gram": (("gram", gram_basis), ("exact", exact_basis)),
-    "sketch": (("sketch", sketch_basis), ("gram", gram_basis)),
+    "sketch": (("sketch", sketch_basis), ("exact", exact_basis)),
 }
 
 
@@ -231,9 +236,9 @@ def complete_basis(vectors: Tensor, rank: int, *, previous: Tensor | None, seed:
     missing = rank - result.shape[1]
     if missing and previous is not None and previous.numel():
         residual = _project_out(previous.detach().float(), result)
-        left, values, _ = torch.linalg.svd(residual, full_matrices=False)
+        right, values = _left_vectors(residual.T)  # (r, r): of the smaller side
         num_from_previous = min(missing, int((values > _SMALLEST_RESIDUAL).sum()))
-        result = _append(result, left[:, :num_from_previous])
+        result = _append(result, residual @ (right[:, :num_from_previous] / values[:num_from_previous]).float())
         missing -= num_from_previous
     if missing:
         generator = _generator(seed, "random basis")
