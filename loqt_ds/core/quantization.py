@@ -18,6 +18,9 @@ of the matrix: bitsandbytes 0.50.2 on CPU is silently wrong where the last dimen
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -128,6 +131,64 @@ def dequantize(
         else:
             flat[start : start + num] = _bnb_values(chunk_codes, chunk_absmax, num, spec.kind, dtype)
     return result
+
+
+# ---- a buffer to dequantize into -------------------------------------------------------------------------------------
+
+
+class _Buffers:
+    """Memory that is used again and again, by one at a time: a stack of idle pieces for each device and stream.
+
+    Who takes a piece has it alone until it is given back; whoever comes meanwhile (another thread) gets another one.
+    A stream does things in order, so that the next user of a piece may start before the kernels of the last are done.
+    """
+
+    def __init__(self) -> None:
+        self._idle: dict[tuple[torch.device, int], list[Tensor]] = {}
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def take(self, num_bytes: int, device: torch.device) -> Iterator[Tensor]:
+        """At least that many bytes, uint8, one dimension; what they hold is undefined."""
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        with self._lock:
+            idle = self._idle.setdefault((device, stream), [])
+            buffer = idle.pop() if idle else None
+        if buffer is None or buffer.numel() < num_bytes:
+            buffer = None  # let go of the smaller one before a larger one is made
+            # An inference tensor could not be written to outside of inference mode.
+            with torch.inference_mode(False):
+                buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        try:
+            yield buffer
+        finally:
+            with self._lock:
+                idle.append(buffer)
+
+    def clear(self) -> None:
+        """Gives idle memory back."""
+        with self._lock:
+            for idle in self._idle.values():
+                idle.clear()
+
+
+BUFFERS = _Buffers()
+
+
+@contextmanager
+def dequantized(packed: Packed, shape: tuple[int, int], spec: QuantSpec, *, dtype: torch.dtype) -> Iterator[Tensor]:
+    """`dequantize` into memory that is used again once the context is left: no view of it may be kept.
+
+    A matrix that is stored dense in `dtype` is given as it is. Not to be written to.
+    """
+    if spec.kind == "none" and spec.dense_dtype == dtype:
+        yield dequantize(packed, shape, spec, dtype=dtype)
+        return
+    num_values = shape[0] * shape[1]
+    device = next(iter(packed.values())).device
+    with torch.no_grad(), BUFFERS.take(num_values * dtype.itemsize, device) as buffer:
+        out = buffer[: num_values * dtype.itemsize].view(dtype).view(shape)
+        yield dequantize(packed, shape, spec, out=out)
 
 
 # ---- bytes ----------------------------------------------------------------------------------------------------------

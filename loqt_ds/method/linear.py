@@ -7,8 +7,9 @@ For `nn.Linear` with weight W of shape (out, in), scale s and rank r (paper sect
 
 The layer is computed in this factored form. W_q and P are buffers of packed bytes (uint8), so no cast, broadcast or
 optimizer of anybody touches them. The autograd function saves what the gradient of B needs and nothing dequantized:
-x P on the right side, x on the left side, and x on both while the layer is tapped. The dense gradient of W is never
-formed in an ordinary step; while `tap` is set, the backward hands (dY, X) to it.
+x P on the right side, x on the left side, and x on both while the layer is tapped; where x carries a recipe
+(`recompute`), what x is computed from instead. The dense gradient of W is never formed in an ordinary step; while `tap`
+is set, the backward hands (dY, X) to it.
 
 Legend: T tokens; k the side P lives on, l the other; "canonical" tensors are A (k, l), P (k, r), F (l, r).
 """
@@ -16,6 +17,7 @@ Legend: T tokens; k the side P lives on, l the other; "canonical" tensors are A 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,61 +25,90 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from loqt_ds.core.compensation import merge
-from loqt_ds.core.quantization import Packed, QuantSpec, dequantize, packed_layout
+from loqt_ds.core.quantization import Packed, QuantSpec, dequantize, dequantized, packed_layout
+from loqt_ds.method.recompute import Recipe, recipe_of
 
 Tap = Callable[[Tensor, Tensor], None]
 
 
 class _LoQTLinearFunction(torch.autograd.Function):
-    """y and its gradients with respect to x, B and the bias; W and P are constants."""
+    """y and its gradients with respect to x, B and the bias; W and P are constants.
+
+    One dequantized matrix is alive at a time, in a buffer that all layers share: hence the order of products.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: Tensor, bias: Tensor | None, layer: LoQTLinear) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, factor: Tensor, bias: Tensor | None, layer: LoQTLinear, recipe: Recipe | None
+    ) -> Tensor:
         dtype = x.dtype
         rows = x.reshape(-1, layer.in_features)  # (T, in)
         b = factor.to(dtype)
-        y = nn.functional.linear(rows, layer.weight_q(dtype), None if bias is None else bias.to(dtype))  # (T, out)
-        p = layer.basis_hat(dtype)  # (k, r)
-        tapped = layer.tap is not None
-        if layer.side == "right":
-            projected = rows @ p  # (T, r)
+        right, tapped = layer.side == "right", layer.tap is not None
+        projected = None
+        if right:
+            with layer.basis_hat_buffer(dtype) as p:  # (k, r)
+                projected = rows @ p  # (T, r)
+        with layer.weight_q_buffer(dtype) as w:
+            y = nn.functional.linear(rows, w, None if bias is None else bias.to(dtype))  # (T, out)
+        if projected is not None:
             y.addmm_(projected, b.t(), alpha=layer.scale)
-            ctx.save_for_backward(factor, projected, rows if tapped else None)
         else:
-            y.addmm_(rows @ b.t(), p.t(), alpha=layer.scale)
-            ctx.save_for_backward(factor, None, rows)
-        ctx.layer, ctx.tapped, ctx.x_shape = layer, tapped, x.shape
+            with layer.basis_hat_buffer(dtype) as p:
+                y.addmm_(rows @ b.t(), p.t(), alpha=layer.scale)
+        keeps_x = tapped or not right
+        ctx.save_for_backward(factor, projected, *(_inputs_of(rows, recipe) if keeps_x else ()))
+        ctx.compute_x = recipe.computation if recipe is not None and keeps_x else None
+        ctx.layer, ctx.tapped, ctx.x_shape, ctx.x_dtype = layer, tapped, x.shape, dtype
         ctx.has_bias, ctx.bias_dtype = bias is not None, None if bias is None else bias.dtype
         ctx.versions = layer.versions()
         return y.view(*x.shape[:-1], layer.out_features)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         layer: LoQTLinear = ctx.layer
         if ctx.versions != layer.versions():
             raise RuntimeError("W or P of a LoQTLinear was rewritten between its forward and its backward")
-        factor, projected, rows = ctx.saved_tensors
+        factor, projected, *inputs = ctx.saved_tensors
         dy = grad_output.reshape(-1, layer.out_features)  # (T, out)
         dtype = dy.dtype
         need_x, need_factor, need_bias = ctx.needs_input_grad[:3]
         b = factor.to(dtype)
-        p = layer.basis_hat(dtype)
+        right, tap = layer.side == "right", layer.tap if ctx.tapped else None
         dx = dfactor = dbias = None
         # (T, r): what reaches the low-rank path from above.
-        inner = dy @ b if layer.side == "right" else dy @ p
+        if right:
+            inner = dy @ b
+        else:
+            with layer.basis_hat_buffer(dtype) as p:
+                inner = dy @ p
         if need_x:
-            dx = dy @ layer.weight_q(dtype)  # (T, in)
-            dx.addmm_(inner, p.t() if layer.side == "right" else b, alpha=layer.scale)
+            with layer.weight_q_buffer(dtype) as w:
+                dx = dy @ w  # (T, in)
+            if right:
+                with layer.basis_hat_buffer(dtype) as p:
+                    dx.addmm_(inner, p.t(), alpha=layer.scale)
+            else:
+                dx.addmm_(inner, b, alpha=layer.scale)
             dx = dx.view(ctx.x_shape)
+        rows: Any = None  # (T, in)
+        if tap is not None or (need_factor and not right):
+            x = inputs[0] if ctx.compute_x is None else ctx.compute_x(*inputs).to(ctx.x_dtype)
+            rows = x.reshape(-1, layer.in_features)
         if need_factor:
-            product = dy.t() @ projected if layer.side == "right" else inner.t() @ rows
+            product = dy.t() @ projected if right else inner.t() @ rows
             dfactor = product.mul_(layer.scale).to(factor.dtype)
         if ctx.has_bias and need_bias:
             dbias = dy.sum(0).to(ctx.bias_dtype)
-        if ctx.tapped and layer.tap is not None:
-            layer.tap(dy, rows)
-        return dx, dfactor, dbias, None
+        if tap is not None:
+            tap(dy, rows)
+        return dx, dfactor, dbias, None, None
+
+
+def _inputs_of(rows: Tensor, recipe: Recipe | None) -> tuple[Tensor, ...]:
+    """What is kept for x: x, or what it can be computed from."""
+    return (rows,) if recipe is None else recipe.tensors
 
 
 class LoQTLinear(nn.Module):
@@ -178,6 +209,14 @@ class LoQTLinear(nn.Module):
         """Dequantized P, (k, r). May share memory with the buffer where P is not quantized."""
         return dequantize(self.packed_p(), self.basis_shape, self.spec_p, dtype=dtype)
 
+    def weight_q_buffer(self, dtype: torch.dtype) -> AbstractContextManager[Tensor]:
+        """W_q, (out, in), for as long as the context lasts, in memory that all layers use in turn."""
+        return dequantized(self.packed_w(), self.weight_shape, self.spec_w, dtype=dtype)
+
+    def basis_hat_buffer(self, dtype: torch.dtype) -> AbstractContextManager[Tensor]:
+        """P, (k, r), for as long as the context lasts, in memory that all layers use in turn."""
+        return dequantized(self.packed_p(), self.basis_shape, self.spec_p, dtype=dtype)
+
     def canonical(self, factor: Tensor) -> Tensor:
         """A tensor shaped like B, as (l, r); its own inverse for one side."""
         return factor if self.side == "right" else factor.t()
@@ -197,9 +236,10 @@ class LoQTLinear(nn.Module):
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out), computed in the dtype of x, or of autocast where that is on."""
+        recipe = recipe_of(x) if torch.is_grad_enabled() else None
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return _LoQTLinearFunction.apply(x, self.B, self.bias, self)
+        return _LoQTLinearFunction.apply(x, self.B, self.bias, self, recipe)
 
     def extra_repr(self) -> str:
         return (
