@@ -5,7 +5,8 @@
 - Parameters in bf16 have float32 masters (`optim.master: fp32`), or none (`bf16`): then the update is computed in
   float32 and rounded stochastically, so that updates below half a unit in the last place survive on average.
 - `ParameterOptimizer` is one parameter with its own optimizer object, so that a step can be taken for one parameter as
-  soon as its gradient is complete (layer-wise updates) or for all of them, by the same code.
+  soon as its gradient is complete (layer-wise updates) or for all of them, by the same code. It works on pieces of
+  UPDATE_PIECE elements: value and gradient in float32 and Adam's temporaries exist for one piece only.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from loqt_ds.method.conversion import loqt_layers
 
 MOMENT_KEYS = (("exp_avg", "exp_avg_sq"), ("state1", "state2"))
 BLOCKSIZE_8BIT = 256
-_ROUNDED_AT_ONCE = 2**22  # elements
+UPDATE_PIECE = 2**22  # elements updated at once: a multiple of BLOCKSIZE_8BIT, so that pieces have whole blocks
+_ROUNDED_AT_ONCE = 2**20  # elements: rounding takes several times the memory of what is rounded, less than Adam then
+_NORM_ROW = 4096  # elements whose squares are summed in one float32
 
 
 @dataclass
@@ -183,8 +186,26 @@ def stochastic_round(value: Tensor, generator: torch.Generator) -> Tensor:
     """float32 to bf16, up or down with probabilities that make the expectation exact; inf and NaN pass through."""
     bits = value.contiguous().view(torch.int32)
     noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
-    rounded = ((bits + noise) & -65536).view(torch.float32)
+    rounded = noise.add_(bits).bitwise_and_(-65536).view(torch.float32)
     return torch.where(torch.isfinite(value), rounded, value).to(torch.bfloat16)
+
+
+def gradient_norm(gradient: Tensor) -> Tensor:
+    """2-norm of a tensor of any shape and dtype, float32 (), without a float32 copy of it.
+
+    Of rows, and then of their norms: one float32 sum over 10^8 squares on a CPU is 1 % too small.
+    """
+    flat = gradient.detach().reshape(-1)
+    whole = flat.numel() - flat.numel() % _NORM_ROW
+    rows = torch.linalg.vector_norm(flat[:whole].view(-1, _NORM_ROW), dim=1, dtype=torch.float32)
+    rest = torch.linalg.vector_norm(flat[whole:], dtype=torch.float32)
+    return torch.linalg.vector_norm(torch.cat([rows, rest.view(1)]))
+
+
+def clipping_scale(norm: float, limit: float | None) -> float:
+    """What a gradient of norm `norm` is multiplied with so that its norm is at most `limit`, as torch's
+    `clip_grad_norm_` has it; 1 without a limit."""
+    return 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
 
 
 class ParameterOptimizer:
@@ -200,6 +221,8 @@ class ParameterOptimizer:
     def __init__(
         self, parameter: nn.Parameter, optim: OptimConfig, *, weight_decay: float, generator: torch.Generator
     ) -> None:
+        if not parameter.is_contiguous():  # pieces are those of the flat order
+            parameter.data = parameter.data.contiguous()
         self.parameter, self._generator = parameter, generator
         self._own = parameter.dtype == torch.float32
         self._transient = not self._own and optim.master == "bf16"
@@ -209,7 +232,9 @@ class ParameterOptimizer:
             self.master = nn.Parameter(torch.empty(0, device=parameter.device))
         else:
             self.master = nn.Parameter(parameter.detach().float())
-        self._optimizer = build_optimizer([{"params": [self.master], "weight_decay": weight_decay}], optim)
+        # What the optimizer is shown: one piece after another.
+        self._piece = nn.Parameter(torch.empty(0, device=parameter.device))
+        self._optimizer = build_optimizer([{"params": [self._piece], "weight_decay": weight_decay}], optim)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -222,34 +247,94 @@ class ParameterOptimizer:
         return self.parameter if self._own or self._transient else self.master
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Updates the parameter from its gradient and frees the gradient."""
-        gradient = self.parameter.grad
-        assert gradient is not None
-        if not self._own:
-            if self._transient:
-                self.master.data = self.parameter.detach().float()
-            self.master.grad = gradient.float()
-            self.parameter.grad = None
+    def step(self, lr: float, *, gradient_scale: float = 1.0) -> None:
+        """Updates the parameter from its gradient, multiplied with `gradient_scale`, and frees the gradient.
+
+        Bit for bit what the whole tensor's update would give. Nothing in float32 is larger than a piece, but for
+        masters and moments.
+        """
+        assert self.parameter.grad is not None
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        self._optimizer.step()
-        self.master.grad = None
-        if not self._own:
-            self._publish()
+        state = self._state()
+        shown, values = self.parameter.data.view(-1), self.values.data.view(-1)
+        gradient, self.parameter.grad = self.parameter.grad.reshape(-1), None
+        for start in range(0, max(1, values.numel()), UPDATE_PIECE):  # of an empty tensor, too, a step is counted
+            place = slice(start, min(start + UPDATE_PIECE, values.numel()))
+            value = self._updated(values[place], gradient[place], gradient_scale, state, place)
+            if self._transient:
+                self._round(value, shown[place])
+            elif not self._own:
+                shown[place].copy_(value)
 
-    def _publish(self) -> None:
-        """Copies the master into the bf16 parameter."""
-        value = self.master.data
-        if not self._transient:
-            self.parameter.copy_(value)
-            return
-        # In pieces: the noise and what becomes of it take several times the memory of what is rounded.
-        for target, piece in zip(
-            self.parameter.data.view(-1).split(_ROUNDED_AT_ONCE), value.view(-1).split(_ROUNDED_AT_ONCE), strict=True
-        ):
-            target.copy_(stochastic_round(piece, self._generator))
-        self.master.data = value.new_empty(0)
+    def _state(self) -> dict[str, Any]:
+        """The optimizer's state of the whole parameter; that of a new one before the first step."""
+        optimizer = self._optimizer
+        state: dict[str, Any] = optimizer.state[self.master]
+        if state:
+            return state
+        if isinstance(optimizer, torch.optim.Adam):  # AdamW is one
+            state["step"] = torch.tensor(0.0, dtype=torch.float32)
+            for key in MOMENT_KEYS[0]:
+                state[key] = torch.zeros_like(self.parameter, dtype=torch.float32)
+            return state
+        # bitsandbytes asks for shape and device only: no float32 copy is needed.
+        optimizer.init_state(optimizer.param_groups[0], self.parameter, 0, 0)  # type: ignore[attr-defined]
+        optimizer.state[self.master] = optimizer.state.pop(self.parameter)
+        return optimizer.state[self.master]
+
+    def _updated(self, value: Tensor, gradient: Tensor, scale: float, state: dict[str, Any], place: slice) -> Tensor:
+        """One piece (n,) after the optimizer's step, float32; in place where `value` is float32. `state` is the whole
+        parameter's, and its count that of the last piece."""
+        optimizer, piece = self._optimizer, self._piece
+        piece.data = value.float()
+        gradient = gradient.float()
+        piece.grad = gradient if scale == 1 else gradient.mul_(scale)
+        part = _state_of_piece(state, place)
+        optimizer.state[piece] = part
+        if isinstance(optimizer, torch.optim.Adam):
+            optimizer.step()
+        else:
+            _step_bitsandbytes(optimizer, piece)
+        del optimizer.state[piece]
+        if place.stop == self.parameter.numel():
+            state["step"] = part["step"]
+        updated, piece.data, piece.grad = piece.data, piece.data.new_empty(0), None
+        return updated
+
+    def _round(self, value: Tensor, target: Tensor) -> None:
+        """Writes float32 values into bf16 ones, rounded stochastically."""
+        for ours, exact in zip(target.split(_ROUNDED_AT_ONCE), value.split(_ROUNDED_AT_ONCE), strict=True):
+            ours.copy_(stochastic_round(exact, self._generator))
+
+
+def _state_of_piece(state: dict[str, Any], place: slice) -> dict[str, Any]:
+    """The state of elements `place` of a flattened parameter: views, and a step count of its own."""
+    part = {}
+    for key, value in state.items():
+        if key == "step":
+            part[key] = value.clone() if isinstance(value, Tensor) else value
+        elif key.startswith("qmap"):
+            part[key] = value
+        elif key.startswith("absmax"):
+            part[key] = value[place.start // BLOCKSIZE_8BIT : -(-place.stop // BLOCKSIZE_8BIT)]
+        else:
+            part[key] = value.view(-1)[place]
+    return part
+
+
+def _step_bitsandbytes(optimizer: Any, tensor: nn.Parameter) -> None:
+    """The update inside bitsandbytes' `step` for one tensor, without waiting for the device, as `step` does each time.
+
+    Its kernels run on the default stream; a caller on another one has to be waited for, and has to wait.
+    """
+    device = tensor.device
+    aside = device.type == "cuda" and torch.cuda.current_stream(device) != torch.cuda.default_stream(device)
+    if aside:
+        torch.cuda.synchronize(device)
+    optimizer.update_step(optimizer.param_groups[0], tensor, 0, 0)
+    if aside:
+        torch.cuda.synchronize(device)
 
 
 class RoundingAdam(torch.optim.Optimizer):

@@ -4,8 +4,11 @@ Two orders of work, one code path per parameter:
 
 - by default the update of all parameters follows the last micro-batch's backward, after clipping; in a
   re-initialization step each layer's gradient becomes its new P inside the backward, and the merges follow the update;
-- with `optim.layerwise` each parameter is updated, and its gradient freed, inside the backward as soon as the gradient
-  is complete; a layer that is due is then re-initialized on the spot.
+- with `optim.layerwise` each parameter is updated, and its gradient freed, inside the last micro-batch's backward as
+  soon as the gradient is complete; a layer that is due is then re-initialized on the spot.
+
+Both give the same bits: nothing that an update reads depends on the order of updates, the rounding's random numbers,
+which are seeded by (seed, step, parameter), included.
 
 A step whose gradient is not finite is skipped: as a whole by default, per parameter with layer-wise updates (others
 have been updated by then).
@@ -22,11 +25,12 @@ from torch import Tensor, nn
 
 from loqt_ds.checkpoint import Checkpoint
 from loqt_ds.config import Config
+from loqt_ds.core.subspace import layer_seed
 from loqt_ds.engines.base import StepReport
 from loqt_ds.engines.state import ShardedFactors, load_model, model_tensors, random_tensors, restore_random
 from loqt_ds.method.controller import Controller
 from loqt_ds.method.conversion import loqt_layers
-from loqt_ds.optim import LearningRates, ParameterOptimizer, parameter_groups
+from loqt_ds.optim import LearningRates, ParameterOptimizer, clipping_scale, gradient_norm, parameter_groups
 from loqt_ds.ranks import ALONE
 from loqt_ds.shards import LAYOUT, Fragment, Shard, ShardedState
 
@@ -52,8 +56,7 @@ class SingleEngine:
     def __init__(self, model: nn.Module, config: Config, *, original: Callable[[str], Tensor] | None = None) -> None:
         self._model, self._config = model, config
         self.device = next(model.parameters()).device
-        self._generator = torch.Generator(self.device)
-        self._generator.manual_seed(config.train.seed)
+        self._generator = torch.Generator(self.device)  # seeded for every update
         self._optimizers: dict[str, ParameterOptimizer] = {}
         self._is_factor: dict[str, bool] = {}
         for group in parameter_groups(model, config.optim):
@@ -71,8 +74,7 @@ class SingleEngine:
         self.controller = Controller(layers, config.loqt, store, original=original, seed=config.train.seed)
         self._rates = LearningRates(config, self.controller.schedule)
         self._step, self._micro_batch, self._open = 0, 0, False
-        self._squared_norm = 0.0  # of the gradients of this step, with layer-wise updates
-        self._num_updates, self._num_skipped_updates = 0, 0  # of this step, with layer-wise updates
+        self._norms: list[float] = []  # of the gradients of this step, with layer-wise updates
         self._hooks: list[Any] = []
         self._add_hooks()
 
@@ -95,44 +97,78 @@ class SingleEngine:
         """Opens the step, if its first micro-batch has not."""
         if not self._open:
             self.controller.begin_step(self._step)
-            self._squared_norm, self._num_updates, self._num_skipped_updates, self._open = 0.0, 0, 0, True
+            self._norms, self._open = [], True
 
     def backward(self, loss: Tensor) -> None:
         (loss / self._config.train.gradient_accumulation_steps).backward()
 
+    @property
+    def _in_last_micro_batch(self) -> bool:
+        return self._open and self._micro_batch == self._config.train.gradient_accumulation_steps - 1
+
     def step(self) -> StepReport | None:
+        if self._config.optim.layerwise and self._in_last_micro_batch:
+            for name in self._live():  # parameters that only an earlier micro-batch made use of
+                self._update_at_once(name)
         self._micro_batch += 1
         if self._micro_batch < self._config.train.gradient_accumulation_steps:
             return None
-        lr, lr_full_rank = self._rates.at(self._step)
         if self._config.optim.layerwise:
-            applied, norm = self._num_skipped_updates == 0, math.sqrt(self._squared_norm)
-            reinit = self.controller.end_step(self._num_updates > 0)
+            norms = self._norms
+            applied = all(map(math.isfinite, norms))
+            reinit = self.controller.end_step(any(map(math.isfinite, norms)))
         else:
-            applied, norm = self._update(lr, lr_full_rank)
+            applied, norms = self._update_all()
             reinit = self.controller.end_step(applied)
-        report = StepReport(self._step, applied, norm, lr, lr_full_rank, reinit)
+        # The exact sum: the same whatever the order of updates.
+        norm = math.sqrt(math.fsum(norm * norm for norm in norms))
+        report = StepReport(self._step, applied, norm, *self._rates.at(self._step), reinit)
         self._step, self._micro_batch, self._open = self._step + 1, 0, False
         return report
 
-    def _update(self, lr: float, lr_full_rank: float) -> tuple[bool, float]:
-        """Clips and updates everything; skips all of it where the gradient is not finite."""
-        live = [name for name, item in self._optimizers.items() if item.parameter.grad is not None]
-        gradients = [g for name in live if (g := self._optimizers[name].parameter.grad) is not None]
-        # float32: the norm of bf16 gradients in bf16 has three digits.
-        norm = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]).norm()
-        value = norm.item()  # a host-device synchronization: the one of an ordinary step
-        if not math.isfinite(value):
-            for name in live:
-                self._optimizers[name].parameter.grad = None
-            return False, value
+    def _live(self) -> list[str]:
+        """Parameters that have a gradient."""
+        return [name for name, item in self._optimizers.items() if item.parameter.grad is not None]
+
+    def _update_all(self) -> tuple[bool, list[float]]:
+        """Clips and updates everything; skips all of it where a gradient is not finite. Returns (whether it was
+        applied, the norm of each gradient)."""
+        live = self._live()
+        parameters = [self._optimizers[name].parameter for name in live]
+        norms = torch.stack([gradient_norm(p.grad) for p in parameters if p.grad is not None])
+        values: list[float] = norms.tolist()  # a host-device synchronization: the one of an ordinary step
+        if not all(map(math.isfinite, values)):
+            for parameter in parameters:
+                parameter.grad = None
+            return False, values
         limit = self._config.train.max_grad_norm
         if limit is not None:
-            parameters = [self._optimizers[name].parameter for name in live]
-            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-        for name in live:
-            self._optimizers[name].step(lr if self._is_factor[name] else lr_full_rank)
-        return True, value
+            total = torch.linalg.vector_norm(norms, dtype=torch.float64).float()  # float32 squares could overflow
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
+        for name, norm in zip(live, values, strict=True):
+            self._update(name, norm)
+        return True, values
+
+    def _update(self, name: str, norm: float) -> None:
+        """Takes one parameter's step, from its gradient of norm `norm`, and frees the gradient."""
+        lr, lr_full_rank = self._rates.at(self._step)
+        self._generator.manual_seed(layer_seed(self._config.train.seed, self._step, name))
+        self._optimizers[name].step(
+            lr if self._is_factor[name] else lr_full_rank,
+            gradient_scale=clipping_scale(norm, self._config.train.max_grad_norm_per_parameter),
+        )
+
+    def _update_at_once(self, name: str) -> bool:
+        """Updates one parameter while others wait for their gradients; skips it where its gradient is not finite."""
+        parameter = self._optimizers[name].parameter
+        assert parameter.grad is not None
+        norm = gradient_norm(parameter.grad).item()  # a synchronization, the price of skipping safely
+        self._norms.append(norm)
+        if not math.isfinite(norm):
+            parameter.grad = None
+            return False
+        self._update(name, norm)
+        return True
 
     # ---------------------------------------------------------------- inside the backward
 
@@ -141,7 +177,7 @@ class SingleEngine:
         for name, optimizer in self._optimizers.items():
             layer = name.removesuffix(".B") if self._is_factor[name] else None
             if self._config.optim.layerwise:
-                hook = self._layerwise_hook(name, optimizer, layer)
+                hook = self._layerwise_hook(name, layer)
             elif layer is not None:
                 hook = self._complete_hook(layer)
             else:
@@ -150,27 +186,17 @@ class SingleEngine:
 
     def _complete_hook(self, layer: str) -> Callable[[Tensor], None]:
         def hook(_: Tensor) -> None:
-            in_last_micro_batch = self._micro_batch == self._config.train.gradient_accumulation_steps - 1
-            if self._open and in_last_micro_batch:
+            if self._in_last_micro_batch:
                 self.controller.gradient_complete(layer)
 
         return hook
 
-    def _layerwise_hook(self, name: str, optimizer: ParameterOptimizer, layer: str | None) -> Callable[[Tensor], None]:
-        def hook(parameter: Tensor) -> None:
-            if not self._open:
-                return
-            assert parameter.grad is not None
-            squared = parameter.grad.float().pow(2).sum().item()  # a synchronization, the price of skipping safely
-            self._squared_norm += squared
-            if not math.isfinite(squared):
-                parameter.grad = None
-                self._num_skipped_updates += 1
-                return  # a layer stays as it is; the controller reports it when the step ends
-            optimizer.step(self._rates.at(self._step)[0 if self._is_factor[name] else 1])
-            self._num_updates += 1
-            parameter.grad = None
-            if layer is not None:
+    def _layerwise_hook(self, name: str, layer: str | None) -> Callable[[Tensor], None]:
+        def hook(_: Tensor) -> None:
+            if not self._in_last_micro_batch:
+                return  # the gradient stays, and the next micro-batch's is added to it
+            # A layer that is not updated stays as it is; the controller reports it when the step ends.
+            if self._update_at_once(name) and layer is not None:
                 self.controller.gradient_complete(layer)
                 self.controller.apply(layer)
 
@@ -180,8 +206,11 @@ class SingleEngine:
 
     def saved_tensors(self) -> dict[str, dict[str, Tensor]]:
         assert not self._open, "a checkpoint is taken between steps"
-        random = random_tensors(self.device) | {f"rounding_{self.device.type}": self._generator.get_state()}
-        return {"model": model_tensors(self._model), "optimizer": self._state.saved(), "random": random}
+        return {
+            "model": model_tensors(self._model),
+            "optimizer": self._state.saved(),
+            "random": random_tensors(self.device),
+        }
 
     def saved_state(self) -> dict[str, Any]:
         return {
@@ -197,10 +226,7 @@ class SingleEngine:
         load_model(self._model, checkpoint)
         self.controller.check_originals()
         self._state.restore(checkpoint)
-        random = restore_random(checkpoint, self.ranks, self.device, self._config.train.seed)
-        # On another kind of device the roundings to come are others, as all arithmetic is.
-        if (rounding := random.get(f"rounding_{self.device.type}")) is not None:
-            self._generator.set_state(rounding)
+        restore_random(checkpoint, self.ranks, self.device, self._config.train.seed)
         self._step = int(state["step"])
 
     def masters(self) -> dict[str, Tensor]:
