@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loqt_ds.method import head
 from loqt_ds.ranks import ALONE, Ranks
-
-IGNORED = -100
 
 
 def model_inputs(batch: dict[str, Tensor], device: torch.device) -> tuple[dict[str, Any], Tensor]:
@@ -29,14 +28,14 @@ def model_inputs(batch: dict[str, Tensor], device: torch.device) -> tuple[dict[s
 
 def num_predicted(batch: dict[str, Tensor]) -> int:
     """How many tokens of a batch are predicted."""
-    return int((batch["targets"] != IGNORED).sum())
+    return int((batch["targets"] != head.IGNORED).sum())
 
 
-def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood in nats, summed over predicted tokens; logits (b, s, v) are taken to float32."""
-    return nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+def summed_loss(model: Any, inputs: dict[str, Any], targets: Tensor) -> Tensor:
+    """Negative log-likelihood in nats, summed over predicted tokens, float32; of a model that `head.install` has
+    changed, or of an engine that has one."""
+    loss: Tensor = model(**inputs, targets=targets)
+    return loss
 
 
 @dataclass(frozen=True)
@@ -66,16 +65,19 @@ def evaluate(
     """Loss per predicted token over all batches, in evaluation mode; the mode before is restored.
 
     Args:
+        model: a causal language model; one that `head.install` has not changed yet is changed.
         batches: the same on all ranks; each takes its share of them. The result is the same on all.
         tick: called after each batch of this rank, for progress.
     """
+    if not head.is_installed(model):
+        head.install(model)
     was_training = model.training
     model.eval()
     total, count = torch.zeros((), dtype=torch.float64), 0
     try:
         for batch in islice(batches, ranks.rank, None, ranks.world_size):
             inputs, targets = model_inputs(batch, device)
-            total += summed_loss(model(**inputs).logits, targets).double().cpu()
+            total += summed_loss(model, inputs, targets).double().cpu()
             count += num_predicted(batch)
             if tick is not None:
                 tick()

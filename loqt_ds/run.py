@@ -29,6 +29,7 @@ from loqt_ds.engines.base import Engine
 from loqt_ds.engines.single import SingleEngine
 from loqt_ds.failures import Voice
 from loqt_ds.memory import plan, zero_of
+from loqt_ds.method import head
 from loqt_ds.method.conversion import (
     WeightSource,
     build_empty,
@@ -361,6 +362,9 @@ def load_model(
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
         else:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    loss = head.install(model, kernels=config.model.kernels)
+    if loss.whole_logits is not None:
+        say(loss.describe())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"trained parameters: {trained:,}; adapted weights in {config.loqt.quantize_w}")
     return model, original

@@ -147,7 +147,7 @@ class Trainer:
         weight = len(batches) * self._ranks.world_size / num_tokens
         for batch in batches:
             inputs, targets = model_inputs(batch, self._engine.device)
-            loss = summed_loss(self._engine(**inputs).logits, targets)
+            loss = summed_loss(self._engine, inputs, targets)
             self._engine.backward(loss * weight)
             total += loss.detach()
             report = self._engine.step()

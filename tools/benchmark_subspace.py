@@ -41,6 +41,7 @@ from loqt_ds.core.subspace import (
 )
 from loqt_ds.data import build_data, load_or_train_tokenizer
 from loqt_ds.evaluation import model_inputs, num_predicted, summed_loss
+from loqt_ds.method import head
 from loqt_ds.method.controller import POWER_ITERATIONS
 from loqt_ds.method.conversion import target_linears
 
@@ -51,7 +52,7 @@ BETA, OVERSAMPLING, SEED = 0.9, 32, 0
 def gradient(model: nn.Module, linears: dict[str, nn.Linear], batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Canonical gradient A (k, l) of each matrix on a batch."""
     inputs, targets = model_inputs(batch, torch.device("cpu"))
-    (summed_loss(model(**inputs).logits, targets) / num_predicted(batch)).backward()
+    (summed_loss(model, inputs, targets) / num_predicted(batch)).backward()
     found = {}
     for name, linear in linears.items():
         assert linear.weight.grad is not None
@@ -165,6 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = load_config(None, [*overrides, f"data.path={options.text.resolve()}", "train.micro_batch_size=8"])
     data = build_data(config, load_or_train_tokenizer(config))
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    head.install(model)
     linears = target_linears(model, "all-linear")
 
     def on(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -115,8 +115,8 @@ def plant(what: str, *, step: int, count: int = 1, layer: int = 0) -> None:
     elif what == "NaN":
         summed_loss = loqt_ds.trainer.summed_loss
 
-        def spoiled(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            loss = summed_loss(logits, targets)
+        def spoiled(*batch: Any) -> torch.Tensor:
+            loss = summed_loss(*batch)
             if not step <= Moment.step < step + count:
                 return loss
             strike(what)

@@ -141,8 +141,8 @@ def test_a_bad_step_is_skipped_and_counted_and_the_run_goes_on(
     summed_loss, calls = loqt_ds.trainer.summed_loss, iter(range(10**6))
     bad = {*range(4, 13), *range(14, 23)}  # the schedule's second re-initialization is due before update 4
 
-    def spoiled(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        loss = summed_loss(logits, targets)
+    def spoiled(*batch: Any) -> torch.Tensor:
+        loss = summed_loss(*batch)
         return loss * math.nan if next(calls) in bad else loss
 
     monkeypatch.setattr(loqt_ds.trainer, "summed_loss", spoiled)

@@ -1,0 +1,191 @@
+"""The cross-entropy of a linear output head, without the logits of all tokens at once.
+
+    loss = sum over predicted tokens t of  log sum_v exp(z_tv) - z_t,y(t),      z = H Wᵀ + b
+
+Logits, as large as tokens times vocabulary, exist for one block of tokens and vocabulary at a time, in the forward and,
+made again, in the backward. Between the two only H, the targets and one log-sum-exp per token are kept; the forward
+finds it block after block with a running maximum. All of it is in float32 but the matrix products, whose logits come in
+the dtype of H and W, as a linear module makes them.
+
+A block takes all tokens, up to `MAX_ROWS`, and as many vocabulary entries as its size allows, rather than a few tokens
+and the whole vocabulary: the gradient of W is then one product per entry, rounded once, and what is added up from block
+to block is the gradient of H, for which a float32 copy is small. (With chunks of tokens the gradient of W would be
+rounded to bf16 after each, or need a float32 copy of W's size.)
+
+    legend: T tokens, V vocabulary, h hidden; H (T, h), W (V, h), b (V,), y (T,)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK_ELEMENTS = 2**23
+"""Logits alive at a time: 32 MiB in float32. Larger blocks are slower on a CPU, smaller ones waste a GPU."""
+MAX_ROWS = 8192
+"""Tokens of a block; more would leave so few columns that products became slow."""
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, ignore_index: int = -100
+) -> Tensor:
+    """Negative log-likelihood in nats, summed over tokens whose target is not `ignore_index`.
+
+    Under autocast the product is in its dtype, as a linear module's would be. Can be differentiated once.
+
+    Args:
+        hidden: (T, h). weight: (V, h). bias: (V,). All of one floating-point dtype; any of them may need no gradient.
+        targets: (T,) int64, each below V or `ignore_index`.
+
+    Returns a scalar in float32 (float64 if hidden is); 0 where all targets are ignored.
+    """
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (T, h) and (V, h)")
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"targets {tuple(targets.shape)} must be one for each row of hidden {tuple(hidden.shape)}")
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, ignore_index)
+    return loss
+
+
+def workspace_bytes(num_tokens: int, hidden_size: int, vocab_size: int, dtype: torch.dtype) -> int:
+    """What `linear_cross_entropy` and its backward hold at their peak beside their arguments, the log-sum-exp and the
+    gradients that they return: a block of logits in float32 and in `dtype`, the gradient of H in float32 and a part."""
+    rows, columns = _block_shape(num_tokens, vocab_size)
+    low = 0 if dtype == torch.float32 else dtype.itemsize
+    num_bytes = (4 + low) * rows * columns
+    if low and columns < vocab_size:
+        num_bytes += (4 + low) * rows * hidden_size
+    return num_bytes
+
+
+def _block_shape(num_rows: int, num_columns: int) -> tuple[int, int]:
+    """Tokens and vocabulary entries of a block, both multiples of 64 where there are more."""
+    rows = min(num_rows, MAX_ROWS)
+    columns = max(64, BLOCK_ELEMENTS // max(1, rows) // 64 * 64)
+    return rows, min(columns, num_columns)
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, length)) for start in range(0, length, max(1, step)))
+
+
+class _Blocks:
+    """Makes the logits of one block after another, always in the same memory."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self._hidden, self._weight, self._bias = hidden, weight, bias
+        self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        rows, columns = _block_shape(len(hidden), len(weight))
+        self.rows, self.columns = list(_slices(len(hidden), rows)), list(_slices(len(weight), columns))
+        self._wide = hidden.new_empty(rows * columns, dtype=self.dtype)
+        self._low = self._wide if hidden.dtype == self.dtype else hidden.new_empty(rows * columns)
+
+    def logits(self, rows: slice, columns: slice) -> Tensor:
+        """(rows, columns) in float32, until the next call."""
+        hidden, weight = self._hidden[rows], self._weight[columns]
+        low = self._view(self._low, hidden, weight)
+        torch.mm(hidden, weight.t(), out=low)
+        if self._bias is not None:
+            low += self._bias[columns]
+        return self._view(self._wide, hidden, weight).copy_(low) if self._low is not self._wide else low
+
+    def lowered(self, block: Tensor) -> Tensor:
+        """The block in the dtype of hidden; it may take the place of the logits that were made last."""
+        if self._low is self._wide:
+            return block
+        return self._low[: block.numel()].view(block.shape).copy_(block)
+
+    @staticmethod
+    def _view(memory: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+        return memory[: len(hidden) * len(weight)].view(len(hidden), len(weight))
+
+
+def _in_block(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """(column of each target within the block (T, 1), whether it is there (T, 1)); column 0 for those that are not."""
+    local = targets.unsqueeze(1) - columns.start
+    inside = (local >= 0) & (local < columns.stop - columns.start)
+    return local * inside, inside
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        ignore_index: int,
+    ) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            kept = targets != ignore_index
+            blocks = _Blocks(hidden, weight, bias)
+            log_sums = hidden.new_empty(len(hidden), dtype=blocks.dtype)
+            total = hidden.new_zeros((), dtype=blocks.dtype)
+            for rows in blocks.rows:
+                own, of_target = targets[rows], hidden.new_zeros((rows.stop - rows.start, 1), dtype=blocks.dtype)
+                # Not -inf: the difference of two would be no number.
+                top = torch.full_like(of_target, torch.finfo(blocks.dtype).min)
+                summed = torch.zeros_like(top)
+                for columns in blocks.columns:
+                    block = blocks.logits(rows, columns)
+                    column, inside = _in_block(own, columns)
+                    of_target += torch.where(inside, block.gather(1, column), 0)
+                    new_top = torch.maximum(top, block.amax(1, keepdim=True))
+                    summed = summed * (top - new_top).exp_() + block.sub_(new_top).exp_().sum(1, keepdim=True)
+                    top = new_top
+                log_sum = summed.log_().add_(top)
+                log_sums[rows] = log_sum.squeeze(1)
+                total += torch.where(kept[rows], (log_sum - of_target).squeeze(1), 0).sum()
+        ctx.save_for_backward(hidden, weight, bias, targets, log_sums)  # type: ignore[arg-type]
+        ctx.ignore_index = ignore_index  # type: ignore[attr-defined]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, bias, targets, log_sums = ctx.saved_tensors  # type: ignore[attr-defined]
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]  # type: ignore[attr-defined]
+        with torch.autocast(hidden.device.type, enabled=False):
+            blocks = _Blocks(hidden, weight, bias)
+            # Of a token that is not predicted every logit's gradient is 0.
+            scale = (targets != ctx.ignore_index).unsqueeze(1) * grad  # type: ignore[attr-defined]
+            empty = torch.empty_like if len(hidden) else torch.zeros_like
+            grad_hidden = empty(hidden) if wants_hidden else None
+            grad_weight = empty(weight) if wants_weight else None
+            grad_bias = weight.new_zeros(len(weight), dtype=blocks.dtype) if wants_bias else None
+            for rows in blocks.rows:
+                own, of_rows = targets[rows], hidden[rows]
+                # Of several parts, each as the product rounds it, the sum is taken in float32.
+                added = torch.zeros_like(of_rows, dtype=blocks.dtype) if len(blocks.columns) > 1 else None
+                for columns in blocks.columns:
+                    block = blocks.logits(rows, columns).sub_(log_sums[rows].unsqueeze(1)).exp_()
+                    column, inside = _in_block(own, columns)
+                    block.scatter_add_(1, column, inside.to(blocks.dtype).neg_())
+                    block.mul_(scale[rows])
+                    if grad_bias is not None:
+                        grad_bias[columns] += block.sum(0)
+                    low = blocks.lowered(block)
+                    if grad_weight is not None:
+                        if rows.start == 0:
+                            torch.mm(low.t(), of_rows, out=grad_weight[columns])
+                        else:
+                            grad_weight[columns].addmm_(low.t(), of_rows)
+                    if grad_hidden is not None:
+                        if added is None:
+                            torch.mm(low, weight[columns], out=grad_hidden[rows])
+                        elif added.dtype == low.dtype:
+                            added.addmm_(low, weight[columns])
+                        else:
+                            added += low @ weight[columns]
+                if grad_hidden is not None and added is not None:
+                    grad_hidden[rows] = added
+        return grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(weight.dtype), None, None
