@@ -29,7 +29,7 @@ from loqt_ds.engines.base import Engine
 from loqt_ds.engines.single import SingleEngine
 from loqt_ds.failures import Voice
 from loqt_ds.memory import plan, zero_of
-from loqt_ds.method import head
+from loqt_ds.method import head, lean
 from loqt_ds.method.conversion import (
     WeightSource,
     build_empty,
@@ -253,6 +253,9 @@ def choose_device(config: Config) -> torch.device:
         if device.index >= torch.cuda.device_count():
             raise ConfigError(f"train.device={wanted}: there are {torch.cuda.device_count()} CUDA devices")
         torch.cuda.set_device(device)
+        if config.train.memory_limit_gib is not None:
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, config.train.memory_limit_gib * 2**30 / total), device)
     return device
 
 
@@ -362,6 +365,8 @@ def load_model(
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
         else:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    if config.train.lean_activations:
+        say(lean.install(model, kernels=config.model.kernels).describe())
     loss = head.install(model, kernels=config.model.kernels)
     if loss.whole_logits is not None:
         say(loss.describe())

@@ -13,6 +13,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from loqt_ds.config import Config, help_text, load_config
@@ -29,6 +30,11 @@ def set_environment() -> None:
     # Threads that spin while they wait make a CPU run several times slower as soon as anything else runs beside it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    names = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"  # until torch 2.8, and since
+    if not any(name in os.environ for name in names):
+        # Matrices of two shapes and activations of all lengths take turns: fixed segments would leave gaps.
+        is_new = tuple(int(part) for part in version("torch").split(".")[:2]) >= (2, 9)
+        os.environ[names[is_new]] = "expandable_segments:True"
     if _num_processes() > 1:
         # Otherwise each rank tells of a connection that another one closed, with the C++ stack.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
