@@ -36,6 +36,8 @@ INT4_MAX_LEVEL = 7
 # Values handled at once where temporaries are several times the size of the data. A multiple of BLOCKSIZE.
 _CHUNK = 1 << 20
 
+_BNB_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what bitsandbytes dequantizes to
+
 Packed = dict[str, Tensor]
 
 
@@ -122,6 +124,10 @@ def dequantize(
         return _bnb_values(codes, absmax, num_values, spec.kind, dtype).view(shape)
     result = torch.empty(shape, dtype=dtype, device=codes.device) if out is None else out
     flat = result.view(-1)
+    if spec.kind != "int4" and _writes_to_out(codes.device) and num_values % 2 == 0 and dtype in _BNB_DTYPES:
+        state = _bnb_state(absmax, num_values, spec.kind, dtype)
+        bnb.dequantize_4bit(codes.view(-1, 1), state, out=flat.view(1, -1))
+        return result
     for start in range(0, num_values, _CHUNK):
         num = min(_CHUNK, num_values - start)
         chunk_codes = codes[start // 2 : (start + num + 1) // 2]
@@ -249,17 +255,24 @@ def _bnb_codes(values: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 def _bnb_values(codes: Tensor, absmax: Tensor, num_values: int, kind: str, dtype: torch.dtype) -> Tensor:
     # The padding nibble is decoded too and cut off after: bitsandbytes compiles a function for each odd size.
-    num_even = 2 * codes.numel()
-    compute_dtype = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
-    state = bnb.QuantState(
+    state = _bnb_state(absmax, 2 * codes.numel(), kind, dtype if dtype in _BNB_DTYPES else torch.float32)
+    values = bnb.dequantize_4bit(codes.reshape(-1, 1), state).view(-1)
+    return values[:num_values].to(dtype)
+
+
+def _bnb_state(absmax: Tensor, num_even: int, kind: str, dtype: torch.dtype) -> bnb.QuantState:
+    return bnb.QuantState(
         absmax=absmax,
         shape=torch.Size((1, num_even)),  # one row: immune to the CPU error described at the top
-        dtype=compute_dtype,
+        dtype=dtype,
         blocksize=BLOCKSIZE,
         quant_type=kind,
     )
-    values = bnb.dequantize_4bit(codes.reshape(-1, 1), state).view(-1)
-    return values[:num_values].to(dtype)
+
+
+def _writes_to_out(device: torch.device) -> bool:
+    """Whether bitsandbytes dequantizes into memory it is given; its CPU kernels return their own."""
+    return device.type == "cuda"
 
 
 # ---- INT4 -----------------------------------------------------------------------------------------------------------

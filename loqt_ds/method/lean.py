@@ -15,8 +15,8 @@ of the normalizations (see `recompute`), and the input of o shares the memory of
 itself one (RMSNorm or LayerNorm of whatever kind), a gated MLP is one whose `forward` is, in its source,
 `down(act(gate(x)) * up(x))`, whatever the four are called. Everything else is left as it is, and said.
 
-With kernels="liger" the same few tensors are kept by Liger-Kernel's fused kernels where they cover the kind of module
-(RMSNorm as Llama or Gemma compute it, SiLU), and by the above elsewhere.
+With kernels="liger" the same few tensors (and 4 bytes a normalization and token) are kept by Liger-Kernel's fused
+kernels where they cover the kind of module (RMSNorm as Llama or Gemma compute it, SiLU), and by the above elsewhere.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import ast
 import inspect
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cache
 from types import MethodType
@@ -34,10 +34,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loqt_ds.method.recompute import recomputed
+from loqt_ds.config import ConfigError
+from loqt_ds.method.recompute import Autocast, Computation, attach_recipe, recomputed
 
 # Weight normalization and its kind reshape parameters, they do not normalize activations.
-_NORM_NAME = re.compile(r"(?<!weight)(?<!spectral)norm", re.IGNORECASE)
+_NORM_NAME = re.compile(r"(?<!weight)(?<!spectral)norm(?!al|ed)", re.IGNORECASE)
 _MLP_NAME = re.compile(r"mlp|feed_?forward|ffn", re.IGNORECASE)
 
 
@@ -68,33 +69,61 @@ class LeanReport:
 def install(model: nn.Module, *, kernels: str = "torch") -> LeanReport:
     """Makes the normalizations and gated MLPs of a model keep less for the backward; outputs and gradients stay, with
     kernels="torch" bit for bit, what they are (in float32, gradients of the residual stream are added in another order
-    than those that stock modules hand over one by one). Does nothing to modules it has changed before.
+    than those that stock modules hand over one by one). May be called again.
 
     Args:
         kernels: torch, or liger for Liger-Kernel's on a CUDA device.
 
-    Raises ValueError for kernels that there are not, or that cannot run here.
+    Raises ConfigError for kernels that do not exist or cannot run on the model's device.
     """
-    if kernels != "torch":
-        raise ValueError(f"model.kernels={kernels!r} is not there; use torch")
+    check_kernels(kernels, {p.device for p in model.parameters()})
+    liger = kernels == "liger"
     report = LeanReport()
     for name, module in model.named_modules():
-        gated = _gated_parts(type(module))  # type: ignore[arg-type]
+        gated = _gated_parts(type(module).forward)
         if _looks_like_norm(module):
             method = _norm_forward if _is_plain_norm(module) else None
+            fused = _liger_norm_forward(module) if liger else None
             changed = report.norms
         elif gated is not None or (_MLP_NAME.search(type(module).__name__) and _has_linear(module)):
             method = _mlp_forward(gated) if gated is not None and _is_plain_activation(module, gated) else None
+            fused = _liger_mlp_forward(module, gated) if liger and gated is not None else None
             changed = report.mlps
         else:
             continue
-        mine = "_loqt_lean" in vars(module)
-        if method is not None and not mine and "forward" not in vars(module):
-            module.forward = MethodType(method, module)
-            module._loqt_lean = True  # type: ignore[assignment]
-            mine = True
-        (changed if mine else report.left).append(name)
+        previous = getattr(vars(module).get("forward"), "__func__", None)
+        method = fused or method
+        if method is None or not (previous is None or previous in _OURS):
+            report.left.append(name)
+            continue
+        _OURS.add(method)
+        module.forward = MethodType(method, module)
+        changed.append(name)
+        if fused is not None:
+            report.fused.append(name)
     return report
+
+
+def check_kernels(kernels: str, devices: Collection[torch.device]) -> None:
+    """Raises ConfigError for `model.kernels` that cannot run on these devices."""
+    if kernels == "torch":
+        return
+    if kernels != "liger":
+        raise ConfigError(f"model.kernels={kernels!r} does not exist; use torch or liger")
+    for device in devices:
+        if device.type not in ("cuda", "meta"):
+            raise ConfigError(f"model.kernels=liger needs a CUDA device, not {device}; use model.kernels=torch")
+    try:
+        import liger_kernel.ops.rms_norm
+        import liger_kernel.ops.swiglu  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"model.kernels=liger needs Liger-Kernel ({error}): pip install 'loqt-ds[liger]', or use "
+            "model.kernels=torch"
+        ) from error
+
+
+_OURS: set[Callable[..., Tensor]] = set()  # every forward that `install` has ever put on an instance
 
 
 # ---- normalizations -------------------------------------------------------------------------------------------------
@@ -114,7 +143,8 @@ def _is_plain_norm(module: nn.Module) -> bool:
 def _norm_forward(self: nn.Module, *inputs: Any, **options: Any) -> Tensor:
     """The forward of a normalization that keeps its inputs only."""
     function = type(self).forward
-    if not torch.is_grad_enabled() or options or not all(isinstance(value, Tensor) for value in inputs):
+    plain = not options and all(isinstance(value, Tensor) and value.is_floating_point() for value in inputs)
+    if not (torch.is_grad_enabled() and plain):
         return function(self, *inputs, **options)
     return recomputed(function, self, *inputs)
 
@@ -133,18 +163,15 @@ class _Gated:
 
 
 @cache
-def _gated_parts(kind: type[nn.Module]) -> _Gated | None:
+def _gated_parts(forward: Callable[..., Any]) -> _Gated | None:
     """The parts of a gated MLP, read from the source of its forward; None where it is something else."""
-    try:
-        (function,) = ast.parse(textwrap.dedent(inspect.getsource(kind.forward))).body
-    except (OSError, TypeError, SyntaxError, ValueError):
-        return None
-    if not isinstance(function, ast.FunctionDef) or function.decorator_list or len(function.args.args) != 2:
+    function = _source(forward)
+    if function is None or len(function.args.args) != 2:
         return None
     if function.args.vararg or function.args.kwarg or function.args.kwonlyargs:
         return None
     me, x = (argument.arg for argument in function.args.args)
-    match _without_docstring(function.body):
+    match function.body:
         case [ast.Return(value=ast.expr() as value)]:
             pass
         case [
@@ -164,11 +191,6 @@ def _gated_parts(kind: type[nn.Module]) -> _Gated | None:
     if None in (down, act, gate, up) or not all(isinstance(i, ast.Name) and i.id == x for i in inputs):
         return None
     return _Gated(str(act), str(gate), str(up), str(down))
-
-
-def _without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
-    is_text = isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
-    return body[1:] if is_text else body
 
 
 def _call_of(node: ast.expr | None, me: str) -> tuple[str | None, ast.expr | None]:
@@ -223,6 +245,97 @@ def _mlp_forward(gated: _Gated) -> Callable[[nn.Module, Tensor], Tensor]:
         hooked = act._forward_hooks or act._forward_pre_hooks or act._backward_hooks or act._backward_pre_hooks
         lean = torch.is_grad_enabled() and not hooked  # hooks are called once, by the module itself
         product = recomputed(_act_times_up, act, gate, up) if lean else act(gate) * up
+        return getattr(self, gated.down)(product)
+
+    return forward
+
+
+# ---- source ---------------------------------------------------------------------------------------------------------
+
+
+def _source(function: Callable[..., Any]) -> ast.FunctionDef | None:
+    """The definition of a function, without its docstring; None where it cannot be read, or is decorated."""
+    try:
+        (node,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return None
+    if not isinstance(node, ast.FunctionDef) or node.decorator_list:
+        return None
+    if isinstance(node.body[0], ast.Expr) and isinstance(node.body[0].value, ast.Constant):
+        del node.body[0]
+    return node
+
+
+def _same_source(kind: type, other: type, method: str) -> bool:
+    """Whether two classes have the same statements in a method; layout, comments and annotations do not count."""
+    one, two = (_source(getattr(k, method)) if hasattr(k, method) else None for k in (kind, other))
+    if one is None or two is None or [a.arg for a in one.args.args] != [a.arg for a in two.args.args]:
+        return False
+    return [ast.dump(statement) for statement in one.body] == [ast.dump(statement) for statement in two.body]
+
+
+# ---- Liger-Kernel ---------------------------------------------------------------------------------------------------
+
+
+def _liger_norm_forward(module: nn.Module) -> Callable[..., Tensor] | None:
+    """The forward of a normalization by Liger's kernel; None for kinds that it does not compute."""
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    kind = type(module)
+    if _same_source(kind, LlamaRMSNorm, "forward"):
+        return _liger_rms_norm("variance_epsilon", 0.0, "llama")
+    if _same_source(kind, GemmaRMSNorm, "forward") and _same_source(kind, GemmaRMSNorm, "_norm"):
+        return _liger_rms_norm("eps", 1.0, "gemma")
+    return None
+
+
+@cache
+def _liger_rms_norm(eps: str, offset: float, casting: str) -> Callable[..., Tensor]:
+    """The forward of an RMSNorm whose epsilon is called `eps` and whose weight is `weight` + `offset`."""
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    def function(self: nn.Module, x: Tensor) -> Tensor:
+        # Not in place: the gradient of the output may be wanted elsewhere, as in models that normalize after a block.
+        return LigerRMSNormFunction.apply(x, self.weight, getattr(self, eps), offset, casting, False)
+
+    @torch.compiler.disable
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        """The forward of an RMSNorm by Liger's kernel, which keeps its input and 4 bytes a row."""
+        y = function(self, x)
+        if not torch.is_grad_enabled():
+            return y
+        weight: Any = self.weight
+        return attach_recipe(y, Computation(function, self, ("weight",), Autocast.now(x.device.type)), (x, weight))
+
+    return forward
+
+
+def _liger_mlp_forward(module: nn.Module, gated: _Gated) -> Callable[..., Tensor] | None:
+    """The forward of a gated MLP by Liger's kernel; None for activations other than SiLU."""
+    from transformers.activations import SiLUActivation
+
+    act = getattr(module, gated.act)
+    if type(act) not in (nn.SiLU, SiLUActivation) and act is not nn.functional.silu:
+        return None
+    return _liger_silu_mlp(gated)
+
+
+@cache
+def _liger_silu_mlp(gated: _Gated) -> Callable[..., Tensor]:
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    def function(_: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+        return LigerSiLUMulFunction.apply(gate, up)
+
+    @torch.compiler.disable
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        """The forward of a gated MLP by Liger's kernel, which keeps gate and up. Its backward writes their gradients
+        over them, so that a graph can be gone through once."""
+        gate, up = getattr(self, gated.gate)(x), getattr(self, gated.up)(x)
+        product = function(self, gate, up)
+        if torch.is_grad_enabled():
+            attach_recipe(product, Computation(function, self, (), Autocast.now(x.device.type)), (gate, up))
         return getattr(self, gated.down)(product)
 
     return forward
