@@ -257,15 +257,10 @@ class ParameterOptimizer:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         state = self._state()
-        shown, values = self.parameter.data.view(-1), self.values.data.view(-1)
         gradient, self.parameter.grad = self.parameter.grad.reshape(-1), None
-        for start in range(0, max(1, values.numel()), UPDATE_PIECE):  # of an empty tensor, too, a step is counted
-            place = slice(start, min(start + UPDATE_PIECE, values.numel()))
-            value = self._updated(values[place], gradient[place], gradient_scale, state, place)
-            if self._transient:
-                self._round(value, shown[place])
-            elif not self._own:
-                shown[place].copy_(value)
+        for start in range(0, max(1, gradient.numel()), UPDATE_PIECE):  # of an empty tensor, too, a step is counted
+            place = slice(start, min(start + UPDATE_PIECE, gradient.numel()))
+            self._step_piece(place, gradient[place], gradient_scale, state)
 
     def _state(self) -> dict[str, Any]:
         """The optimizer's state of the whole parameter; that of a new one before the first step."""
@@ -283,13 +278,11 @@ class ParameterOptimizer:
         optimizer.state[self.master] = optimizer.state.pop(self.parameter)
         return optimizer.state[self.master]
 
-    def _updated(self, value: Tensor, gradient: Tensor, scale: float, state: dict[str, Any], place: slice) -> Tensor:
-        """One piece (n,) after the optimizer's step, float32; in place where `value` is float32. `state` is the whole
-        parameter's, and its count that of the last piece."""
+    def _step_piece(self, place: slice, gradient: Tensor, scale: float, state: dict[str, Any]) -> None:
+        """Updates elements `place` of the flat parameter. `state` is the whole parameter's; the last piece counts."""
         optimizer, piece = self._optimizer, self._piece
-        piece.data = value.float()
-        gradient = gradient.float()
-        piece.grad = gradient if scale == 1 else gradient.mul_(scale)
+        piece.data = self.values.data.view(-1)[place].float()  # a view where that is float32
+        piece.grad = gradient.float() if scale == 1 else gradient.float().mul_(scale)
         part = _state_of_piece(state, place)
         optimizer.state[piece] = part
         if isinstance(optimizer, torch.optim.Adam):
@@ -297,10 +290,15 @@ class ParameterOptimizer:
         else:
             _step_bitsandbytes(optimizer, piece)
         del optimizer.state[piece]
+        piece.grad = None
         if place.stop == self.parameter.numel():
             state["step"] = part["step"]
-        updated, piece.data, piece.grad = piece.data, piece.data.new_empty(0), None
-        return updated
+        shown = self.parameter.data.view(-1)[place]
+        if self._transient:
+            self._round(piece.data, shown)
+        elif not self._own:
+            shown.copy_(piece.data)
+        piece.data = piece.data.new_empty(0)
 
     def _round(self, value: Tensor, target: Tensor) -> None:
         """Writes float32 values into bf16 ones, rounded stochastically."""

@@ -147,7 +147,9 @@ class OptimConfig:
     bf16 keeps none (2 bytes) and rounds stochastically."""
     layerwise: bool = False
     """Update every parameter inside the backward pass as soon as its gradient is there, so that gradients never exist
-    all at once. Needs one micro-batch per step and no clipping."""
+    all at once; the updates are the same, bit for bit. With gradient accumulation one gradient of every parameter is
+    kept from micro-batch to micro-batch, as without this option, and freed in the last one's backward. Clipping by the
+    norm of all gradients is not possible; train.max_grad_norm_per_parameter is."""
     schedule: Literal["cosine", "linear", "constant", "cosine_rewarmup"] = "cosine"
     """Learning rate after warm-up; cosine_rewarmup also ramps from zero after each re-initialization."""
     warmup_steps: int | None = None
@@ -178,7 +180,7 @@ class TrainConfig:
     """Gradients are scaled down to this norm where theirs is larger; null: no clipping."""
     max_grad_norm_per_parameter: float | None = None
     """Each parameter's gradient is scaled down to this norm where its own is larger; the clipping that layer-wise
-    updates can honour. null: none."""
+    updates can honour. On one device only, and not together with max_grad_norm. null: none."""
     activation_checkpointing: bool = False
     """Recompute each block's activations in backward: less memory, about a third more time."""
     lean_activations: bool = True

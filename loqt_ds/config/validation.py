@@ -218,17 +218,17 @@ def _check_optim(config: Config) -> None:
             f"optim.warmup_steps={optim.warmup_steps} is more than train.max_steps={train.max_steps}; use at most "
             f"{train.max_steps}"
         )
-    if optim.layerwise and train.gradient_accumulation_steps > 1:
-        raise ConfigError(
-            f"optim.layerwise=true updates inside the backward pass, which with train.gradient_accumulation_steps="
-            f"{train.gradient_accumulation_steps} would be an update for every micro-batch; set "
-            "train.gradient_accumulation_steps=1 (and a larger train.micro_batch_size), or optim.layerwise=false"
-        )
     if optim.layerwise and train.max_grad_norm is not None:
         raise ConfigError(
             "optim.layerwise=true updates inside the backward pass, before the norm of all gradients is known, so "
-            f"that train.max_grad_norm={train.max_grad_norm} cannot be applied; set train.max_grad_norm=null, or "
-            "optim.layerwise=false"
+            f"that train.max_grad_norm={train.max_grad_norm} cannot be applied; set train.max_grad_norm=null (and "
+            f"train.max_grad_norm_per_parameter={train.max_grad_norm} to clip each parameter's gradient by its own "
+            "norm), or optim.layerwise=false"
+        )
+    if train.max_grad_norm is not None and train.max_grad_norm_per_parameter is not None:
+        raise ConfigError(
+            f"train.max_grad_norm={train.max_grad_norm} and train.max_grad_norm_per_parameter="
+            f"{train.max_grad_norm_per_parameter} would scale every gradient twice; set one of them to null"
         )
     if optim.master == "bf16" and train.dtype != "bf16":
         raise ConfigError(

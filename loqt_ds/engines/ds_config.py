@@ -156,6 +156,12 @@ def _check_optim(config: Config, stage: int) -> None:
     """Options of ours that ZeRO cannot honour."""
     if config.optim.layerwise:
         raise ConfigError("optim.layerwise=true: ZeRO updates after the backward; use `python -m loqt_ds.train`")
+    if config.train.max_grad_norm_per_parameter is not None:
+        raise ConfigError(
+            f"train.max_grad_norm_per_parameter={config.train.max_grad_norm_per_parameter}: ZeRO cuts gradients into "
+            "parts that know no parameters, and clips by the norm of all; use train.max_grad_norm, or "
+            "`python -m loqt_ds.train`"
+        )
     if config.optim.master == "bf16" and stage == 0:
         raise ConfigError(
             "optim.master=bf16 with zero_optimization.stage=0: stage 0 keeps float32 masters of bf16 weights; use "

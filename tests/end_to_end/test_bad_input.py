@@ -88,10 +88,9 @@ def refuse(
         ({"optim__lr": -1}, ["optim.lr=-1", "above 0"]),
         ({"optim__name": "sgd"}, ["optim.name", "sgd", "adamw|adamw8bit"]),
         (
-            {"optim__layerwise": True, "train__max_grad_norm": None, "train__gradient_accumulation_steps": 2},
-            ["optim.layerwise=true", "train.gradient_accumulation_steps=2"],
+            {"optim__layerwise": True, "train__max_grad_norm": 1.0},
+            ["optim.layerwise=true", "train.max_grad_norm=1.0", "train.max_grad_norm_per_parameter"],
         ),
-        ({"optim__layerwise": True, "train__max_grad_norm": 1.0}, ["optim.layerwise=true", "train.max_grad_norm=1.0"]),
         ({"model__shape": "llama_9000b"}, ["model.shape=llama_9000b", "llama_9m"]),
         ({"model__shape": "/absent/shape.json"}, ["model.shape=/absent/shape.json", "cannot be read"]),
         ({"model__shape": None, "model__vocab_size": None}, ["model.shape=null", "model.path=null"]),

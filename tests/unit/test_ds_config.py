@@ -189,6 +189,8 @@ def test_recipe_options_under_zero(tmp_path: Path, stage: int) -> None:
     file.write_text(json.dumps({"zero_optimization": {"stage": stage}}), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"optim\.layerwise=true") as error:
         check_deepspeed(file, configuration(optim={"layerwise": True}))
+    with pytest.raises(ConfigError, match=r"train\.max_grad_norm_per_parameter=0\.5: .*train\.max_grad_norm"):
+        check_deepspeed(file, configuration(train={"max_grad_norm_per_parameter": 0.5}))
     assert "python -m loqt_ds.train" in str(error.value)
     without_masters = configuration(optim={"master": "bf16"}, train={"dtype": "bf16"})
     if stage == 0:

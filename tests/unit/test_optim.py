@@ -12,7 +12,9 @@ import pytest
 import torch
 from helpers import llama_config, make_config, relative
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from loqt_ds import optim as optim_module
 from loqt_ds.config import OptimConfig
 from loqt_ds.core.schedules import ReinitSchedule
 from loqt_ds.method.conversion import build_model, initializer
@@ -20,7 +22,9 @@ from loqt_ds.optim import (
     LearningRates,
     ParameterOptimizer,
     RoundingAdam,
+    clipping_scale,
     decode_moment,
+    gradient_norm,
     parameter_groups,
     quantize_moment,
     stochastic_round,
@@ -140,6 +144,104 @@ def test_without_masters_nothing_of_float32_stays():
     optimizer.step(0.1)
     assert optimizer.master.numel() == 0 and optimizer.master.grad is None and parameter.grad is None
     assert optimizer.values is parameter
+
+
+# ---------------------------------------------------------------- in pieces
+
+
+@pytest.mark.parametrize("piece", [256, 1024, 2**22])
+@pytest.mark.parametrize("master", ["own", "fp32", "bf16"])
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("shape", [(7, 1031), (5, 123)], ids=str)  # 8-bit moments from 4096 elements on
+def test_updates_in_pieces_are_those_of_the_whole(shape, name, master, piece, monkeypatch):
+    """Against torch's and bitsandbytes' own step of the whole tensor in float32; gradients scaled, rates changing."""
+    monkeypatch.setattr(optim_module, "UPDATE_PIECE", piece)
+    dtype = torch.float32 if master == "own" else torch.bfloat16
+    ours = nn.Parameter(random(*shape).to(dtype))
+    optimizer = optimizer_of(ours, name=name, weight_decay=0.1, master="bf16" if master == "bf16" else "fp32")
+    theirs, rng = nn.Parameter(ours.detach().float()), generator()
+    kind = torch.optim.AdamW if name == "adamw" else bitsandbytes.optim.AdamW8bit
+    reference = kind([theirs], weight_decay=0.1)
+    for step in range(4):
+        lr, scale = 0.01 * (step + 1), (0.3, 1.0)[step % 2]
+        ours.grad = random(*shape, seed=step + 1).to(dtype)
+        theirs.grad = ours.grad.float() * scale
+        optimizer.step(lr, gradient_scale=scale)
+        reference.param_groups[0]["lr"] = lr
+        reference.step()
+        expected = theirs.detach()
+        if master == "bf16":
+            expected = stochastic_round(expected, rng)
+            theirs.data = expected.float()
+        assert torch.equal(optimizer.values, expected) and torch.equal(ours, expected.to(dtype))
+        state = optimizer.optimizer.state[optimizer.master]
+        assert list(optimizer.optimizer.state) == [optimizer.master] and set(state) == set(reference.state[theirs])
+        for key, value in reference.state[theirs].items():
+            assert torch.equal(torch.as_tensor(state[key]), torch.as_tensor(value)), key
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the largest tensor of 4-byte numbers that is made, views of what there was before apart."""
+
+    def __init__(self, *before: Tensor) -> None:
+        super().__init__()
+        self._known = [tensor.untyped_storage().data_ptr() for tensor in before]
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for made in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(made, Tensor) and made.element_size() >= 4:
+                storage = made.untyped_storage()
+                if storage.data_ptr() not in self._known:
+                    self.largest = max(self.largest, storage.nbytes())
+        return result
+
+
+@pytest.mark.parametrize("master", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_no_float32_tensor_of_an_update_is_larger_than_a_piece(name, master, monkeypatch):
+    monkeypatch.setattr(optim_module, "UPDATE_PIECE", 1024)
+    parameter = nn.Parameter(random(96, 65).to(torch.bfloat16))
+    optimizer = optimizer_of(parameter, name=name, master=master)
+    for step in range(2):
+        parameter.grad = random(96, 65, seed=step).to(torch.bfloat16)
+        state = optimizer.optimizer.state[optimizer.master].values()
+        with Allocations(optimizer.values.data, *(value for value in state if isinstance(value, Tensor))) as made:
+            assert math.isfinite(gradient_norm(parameter.grad).item())
+            optimizer.step(0.01, gradient_scale=0.5)
+        # In the first step 32-bit moments are made. (What bitsandbytes makes inside an operation is not seen.)
+        assert made.largest == (4 * parameter.numel() if name == "adamw" and step == 0 else 4 * 1024)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(0,), (1,), (4095,), (4096,), (3, 4097), (5, 7, 500)], ids=str)
+def test_the_norm_is_that_of_float64(shape, dtype):
+    gradient = random(*shape).to(dtype) * 3e-4
+    norm = gradient_norm(gradient)
+    assert norm.shape == () and norm.dtype == torch.float32
+    assert norm.item() == pytest.approx(gradient.double().norm().item(), rel=1e-6)
+    if gradient.dim() > 1:
+        assert gradient_norm(gradient.mT).item() == pytest.approx(norm.item(), rel=1e-6)
+    for odd in (math.nan, math.inf):
+        if gradient.numel():
+            gradient.view(-1)[-1] = odd
+            assert not math.isfinite(gradient_norm(gradient).item())
+
+
+def test_the_norm_of_a_large_gradient_is_not_lost_in_one_float32_sum():
+    gradient = torch.full((2**25 + 5,), 0.01, dtype=torch.bfloat16)
+    exact = gradient[0].double().item() * math.sqrt(gradient.numel())
+    assert gradient_norm(gradient).item() == pytest.approx(exact, rel=2e-6)
+
+
+def test_clipping_is_torchs():
+    for norm, limit in ((3.0, 0.5), (0.4, 0.5), (0.5, 0.5), (1e-9, 2.0)):
+        parameter = nn.Parameter(torch.zeros(1))
+        parameter.grad = torch.tensor([norm])
+        torch.nn.utils.clip_grad_norm_([parameter], limit)
+        assert norm * clipping_scale(norm, limit) == pytest.approx(parameter.grad.item(), rel=1e-6)
+    assert clipping_scale(1e9, None) == 1.0 and clipping_scale(0.0, 1.0) == 1.0
 
 
 # ---------------------------------------------------------------- stochastic rounding
