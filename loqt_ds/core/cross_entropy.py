@@ -17,6 +17,7 @@ rounded to bf16 after each, or need a float32 copy of W's size.)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -47,12 +48,20 @@ def linear_cross_entropy(
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets {tuple(targets.shape)} must be one for each row of hidden {tuple(hidden.shape)}")
     kind = hidden.device.type
+    if kind == "cpu":  # elsewhere it would be a synchronization; the loss is then no number
+        _check_range(targets, len(weight), ignore_index)
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, ignore_index)
     return loss
+
+
+def _check_range(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
+    wrong = targets[(targets != ignore_index) & ((targets < 0) | (targets >= vocab_size))]
+    if len(wrong):
+        raise ValueError(f"the target {int(wrong[0])} is neither in the vocabulary of {vocab_size} nor {ignore_index}")
 
 
 def workspace_bytes(num_tokens: int, hidden_size: int, vocab_size: int, dtype: torch.dtype) -> int:
@@ -93,9 +102,8 @@ class _Blocks:
         hidden, weight = self._hidden[rows], self._weight[columns]
         low = self._view(self._low, hidden, weight)
         torch.mm(hidden, weight.t(), out=low)
-        if self._bias is not None:
-            low += self._bias[columns]
-        return self._view(self._wide, hidden, weight).copy_(low) if self._low is not self._wide else low
+        wide = low if self._low is self._wide else self._view(self._wide, hidden, weight).copy_(low)
+        return wide if self._bias is None else wide.add_(self._bias[columns])
 
     def lowered(self, block: Tensor) -> Tensor:
         """The block in the dtype of hidden; it may take the place of the logits that were made last."""
@@ -127,11 +135,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             kept = targets != ignore_index
+            possible = (targets >= 0) & (targets < len(weight))
             blocks = _Blocks(hidden, weight, bias)
             log_sums = hidden.new_empty(len(hidden), dtype=blocks.dtype)
             total = hidden.new_zeros((), dtype=blocks.dtype)
             for rows in blocks.rows:
-                own, of_target = targets[rows], hidden.new_zeros((rows.stop - rows.start, 1), dtype=blocks.dtype)
+                own = targets[rows]
+                of_target = hidden.new_zeros((len(own), 1), dtype=blocks.dtype)
+                of_target.masked_fill_(~possible[rows].unsqueeze(1), math.nan)
                 # Not -inf: the difference of two would be no number.
                 top = torch.full_like(of_target, torch.finfo(blocks.dtype).min)
                 summed = torch.zeros_like(top)
@@ -165,7 +176,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for rows in blocks.rows:
                 own, of_rows = targets[rows], hidden[rows]
                 # Of several parts, each as the product rounds it, the sum is taken in float32.
-                added = torch.zeros_like(of_rows, dtype=blocks.dtype) if len(blocks.columns) > 1 else None
+                added = None
+                if grad_hidden is not None and len(blocks.columns) > 1:
+                    own_dtype = grad_hidden.dtype == blocks.dtype
+                    added = grad_hidden[rows].zero_() if own_dtype else torch.zeros_like(of_rows, dtype=blocks.dtype)
                 for columns in blocks.columns:
                     block = blocks.logits(rows, columns).sub_(log_sums[rows].unsqueeze(1)).exp_()
                     column, inside = _in_block(own, columns)
@@ -186,6 +200,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
                             added.addmm_(low, weight[columns])
                         else:
                             added += low @ weight[columns]
-                if grad_hidden is not None and added is not None:
+                if grad_hidden is not None and added is not None and added.dtype != grad_hidden.dtype:
                     grad_hidden[rows] = added
         return grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(weight.dtype), None, None
