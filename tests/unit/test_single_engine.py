@@ -28,8 +28,10 @@ from helpers import (
     train_step,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
+from loqt_ds import optim as optim_module
 from loqt_ds.config import ConfigError, load_config
 from loqt_ds.engines.single import SingleEngine
 from loqt_ds.method import controller as controller_module
@@ -205,22 +207,140 @@ def test_a_sketch_in_bf16_knows_that_it_has_no_more_rank_than_tokens():
     assert all(layer.num_random >= 16 - 5 for layer in report.reinit.layers)
 
 
+PRECISIONS = {
+    "fp32": ({}, {"dtype": "fp32"}),
+    "bf16-masters": ({"master": "fp32"}, {"dtype": "bf16"}),
+    "bf16": ({"master": "bf16"}, {"dtype": "bf16"}),
+}
+EVERYTHING = (
+    {"schedule": "cosine_rewarmup", "rewarmup_steps": 2, "weight_decay": 0.1, "lr_full_rank": 0.004},
+    {"gradient_accumulation_steps": 3, "max_grad_norm_per_parameter": 0.02},
+)
+ORDERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "gram-keep": ({"subspace": "gram", "optimizer_state": "keep"}, {}, {}),
+    "gram-project": ({"subspace": "gram", "optimizer_state": "project"}, *EVERYTHING),
+    "sketch-keep": ({"subspace": "sketch", "optimizer_state": "keep"}, *EVERYTHING),
+    "sketch-reset": ({"subspace": "sketch", "optimizer_state": "reset"}, {}, {}),
+}
+
+
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
-@pytest.mark.parametrize("subspace", ["gram", "sketch"])
-@pytest.mark.parametrize("state", ["keep", "project"])
-def test_layerwise_updates_train_the_same(name, subspace, state):
-    def train(layerwise: bool) -> tuple[list[float], dict[str, Tensor]]:
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("order", ORDERS)
+def test_layerwise_updates_train_the_same(order, precision, name, monkeypatch):
+    """Bit for bit, through re-initializations, with a schedule, weight decay, accumulation and clipping by parameter;
+    and as updates of whole parameters."""
+    loqt, optim, train = ORDERS[order]
+
+    def trained(layerwise: bool) -> tuple[list[float], list[float], dict[str, Tensor]]:
         engine = make_engine(
             make_config(
-                loqt={"subspace": subspace, "optimizer_state": state},
-                optim={"name": name, "layerwise": layerwise, "lr": 0.03},
-            )
+                loqt=loqt,
+                optim={"name": name, "layerwise": layerwise, "lr": 0.03} | optim | PRECISIONS[precision][0],
+                train=train | PRECISIONS[precision][1],
+            ),
+            model_config=llama_config(intermediate_size=520),  # B of the MLP has 8-bit moments
         )
-        return run(engine, 7), snapshot(engine)
+        steps = [train_step(engine, token_batch(step, rows=3)) for step in range(5)]
+        return [loss for loss, _ in steps], [report.grad_norm for _, report in steps], snapshot(engine)
 
-    (losses, expected), (layerwise_losses, actual) = train(False), train(True)
-    assert layerwise_losses == losses
+    losses, norms, expected = trained(layerwise=False)
+    monkeypatch.setattr(optim_module, "UPDATE_PIECE", 1024)
+    layerwise_losses, layerwise_norms, actual = trained(layerwise=True)
+    assert layerwise_losses == losses and layerwise_norms == norms
     assert equal(actual, expected) == []
+    if train:
+        assert min(norms) > 0.02 * math.sqrt(12)  # clipping had something to do
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_each_gradient_is_clipped_by_its_own_norm(layerwise):
+    """After the first step Adam's first moment is (1 − β₁) times the gradient that it was given."""
+    limit = 0.05
+    config = make_config(
+        train={"max_grad_norm_per_parameter": limit, "gradient_accumulation_steps": 2},
+        optim={"layerwise": layerwise},
+        loqt={"optimizer_state": "keep"},
+    )
+    engine = make_engine(config)
+    ids = token_batch(0)
+    expected = dense_gradients(engine, ids)
+    _, report = train_step(engine, ids)
+    saved = engine.saved_tensors()["optimizer"]
+    moments = {n.removesuffix("/exp_avg"): t for n, t in saved.items() if n.endswith("/exp_avg")}
+    moments = {name: moment for name, moment in moments.items() if not name.endswith(".B")}
+    norms = {name: float(expected[name].norm()) for name in moments}
+    assert min(norms.values()) < limit < max(norms.values())
+    for name, moment in moments.items():
+        assert relative(moment, 0.1 * expected[name] * min(1.0, limit / norms[name])) < 1e-4, name
+    of_factors = [float(expected[f"{name}.weight"].norm()) for name in engine.controller.layers]
+    assert report.grad_norm == pytest.approx(math.hypot(*norms.values()), rel=1e-4)  # before clipping; P is still zero
+    assert all(of_factors)
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_gradients_are_kept_between_micro_batches_and_freed_in_the_last(layerwise):
+    engine = make_engine(make_config(optim={"layerwise": layerwise}, train={"gradient_accumulation_steps": 3}))
+    train_step(engine, token_batch(0, rows=3))
+    parameters = dict(engine.network.named_parameters())
+    before = snapshot(engine)
+    for index, part in enumerate(token_batch(1, rows=3).chunk(3)):
+        engine.backward(lm_loss(engine, part))
+        kept = [name for name, parameter in parameters.items() if parameter.grad is not None]
+        changed = [n for n, parameter in parameters.items() if not torch.equal(parameter, before[f"model/{n}"])]
+        inside = layerwise and index == 2
+        assert kept == ([] if inside else list(parameters)) and changed == (list(parameters) if inside else [])
+        engine.step()
+    assert not any(parameter.grad is not None for parameter in parameters.values())
+
+
+def test_what_only_an_earlier_micro_batch_made_use_of_is_updated_as_well():
+    """The last micro-batch passes by the MLP: its gradients are those of the first, and are due in this step."""
+
+    def trained(layerwise: bool) -> tuple[dict[str, Tensor], set[str]]:
+        config = make_config(optim={"layerwise": layerwise}, train={"gradient_accumulation_steps": 2})
+        engine = make_engine(config)
+        run(engine, 1)
+        mlp, before = engine.network.model.layers[0].mlp, snapshot(engine)
+        forward = mlp.forward
+        for step in (1, 2):  # the second ends in a re-initialization
+            for part, used in zip(token_batch(step).chunk(2), (forward, torch.zeros_like), strict=True):
+                mlp.forward = used
+                engine.backward(lm_loss(engine, part))
+                report = engine.step()
+        mlp.forward = forward
+        assert report.reinit is not None and [r.kept for r in report.reinit.layers] == [None] * 7
+        assert not any(parameter.grad is not None for parameter in engine.network.parameters())
+        run(engine, 1)
+        return snapshot(engine), set(equal(before, snapshot(engine)))
+
+    (expected, moved), (actual, _) = trained(False), trained(True)
+    assert all(f"model/model.layers.0.mlp.{name}_proj.B" in moved for name in ("gate", "up", "down"))
+    assert equal(actual, expected) == []
+
+
+class Synchronizations(TorchDispatchMode):
+    """Counts reads of a number from a tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_layerwise_update_waits_for_the_device_once():
+    config = make_config(
+        optim={"name": "adamw8bit", "master": "bf16", "layerwise": True},
+        train={"dtype": "bf16", "max_grad_norm_per_parameter": 0.01},
+    )
+    engine = make_engine(config, model_config=llama_config(intermediate_size=520))
+    run(engine, 1)
+    loss = lm_loss(engine, token_batch(1))  # no re-initialization in this step
+    with Synchronizations() as found:
+        engine.backward(loss)
+        engine.step()
+    assert found.count == len(list(engine.network.parameters()))
 
 
 def test_layerwise_updates_and_reinitializes_inside_the_backward():

@@ -21,7 +21,9 @@ from helpers import (
     token_batch,
     train_step,
 )
+from torch import Tensor
 
+from loqt_ds import optim as optim_module
 from loqt_ds.checkpoint import CheckpointError
 from loqt_ds.engines.single import SingleEngine
 
@@ -35,6 +37,11 @@ RESUMED: dict[str, dict[str, dict[str, Any]]] = {
     "layerwise-8bit-bf16-no-master": {
         "optim": {"layerwise": True, "name": "adamw8bit", "master": "bf16"},
         "train": {"dtype": "bf16"},
+    },
+    "layerwise-accumulation-clipping-bf16": {
+        "loqt": {"subspace": "sketch"},
+        "optim": {"layerwise": True, "name": "adamw8bit", "weight_decay": 0.1},
+        "train": {"dtype": "bf16", "gradient_accumulation_steps": 2, "max_grad_norm_per_parameter": 0.02},
     },
     "accumulation-sketch-project": {
         "loqt": {"subspace": "sketch", "optimizer_state": "project", "double_quant": "both"},
@@ -71,6 +78,35 @@ def test_stopping_after_any_step_changes_no_bit(name, tmp_path):
         assert resumed.step_index == stop
         assert run(resumed, NUM_STEPS - stop) == losses[stop:], f"stopped after {stop} steps"
         assert equal(snapshot(resumed), expected) == [], f"stopped after {stop} steps"
+
+
+@pytest.mark.parametrize("name", ["adamw8bit-bf16-no-master", "layerwise-8bit-bf16-no-master"])
+def test_a_run_goes_on_in_the_other_order_of_updates(name, tmp_path):
+    """What is rounded stochastically depends on seed, step and parameter alone."""
+    other = {"adamw8bit-bf16-no-master": "layerwise-8bit-bf16-no-master"}.get(name, "adamw8bit-bf16-no-master")
+    engine = fresh(name)
+    run(engine, 3)
+    path = save(engine, tmp_path)
+    losses = run(engine, 2)
+    resumed = restore(fresh(other), path)
+    assert run(resumed, 2) == losses
+    assert equal(snapshot(resumed), snapshot(engine)) == []
+
+
+def test_the_rounding_of_each_update_and_of_each_seed_is_another(monkeypatch):
+    """Two parameters of one shape, or two steps, must not share their random numbers."""
+    drawn: list[bytes] = []
+    original = optim_module.stochastic_round
+
+    def spy(value: Tensor, generator: torch.Generator) -> Tensor:
+        drawn.append(generator.get_state().numpy().tobytes())
+        return original(value, generator)
+
+    monkeypatch.setattr(optim_module, "stochastic_round", spy)
+    for seed in (0, 1):
+        config = make_config(optim={"master": "bf16"}, train={"dtype": "bf16", "seed": seed})
+        run(make_engine(config), 2)
+    assert len(drawn) == len(set(drawn)) == 2 * 2 * 12
 
 
 @pytest.mark.parametrize("layerwise", [False, True])
