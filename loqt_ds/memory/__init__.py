@@ -1,0 +1,31 @@
+"""What a run will need on one device, or on each of several ranks, counted before anything is allocated.
+
+The model is built on the meta device and converted as it will be for training, so that everything that stays is counted
+exactly: packed W and P by `packed_layout`, trained parameters, masters, and moments tensor by tensor (bitsandbytes
+keeps tensors below 4096 elements in 32 bits; others take 2 bytes an element and 8 bytes for each block of 256). What
+comes and goes is estimated.
+
+    formulas     bytes of activations, loss, update, re-initialization
+    counting     the plan: entries, and which of them are alive together in which phase
+    machine      how much memory there is
+    questions    does it fit, how many tokens at once, what would have to be given up
+    command      `python tools/plan_memory.py`
+"""
+
+from loqt_ds.memory.counting import GIB, LABELS, STAYS, MemoryPlan, Zero, describe, plan, planned_model, zero_of
+from loqt_ds.memory.formulas import moment_bytes
+from loqt_ds.memory.questions import Asker
+
+__all__ = [
+    "GIB",
+    "Asker",
+    "LABELS",
+    "STAYS",
+    "MemoryPlan",
+    "Zero",
+    "describe",
+    "moment_bytes",
+    "plan",
+    "planned_model",
+    "zero_of",
+]

@@ -1,0 +1,412 @@
+"""The plan of a run: what stays is counted on the meta device, what comes and goes is estimated by `formulas`.
+
+Under ZeRO (stage 1 and 2) masters and moments are divided by the number of ranks; there is a master also of float32
+parameters. At stage 2 a rank keeps the whole gradient of every parameter that its partition touches, so that large
+parameters are divided less. Reduction buckets, of their full size however small the model is, and during the update the
+gradient of a partition in float32, are on top (measured in benchmarks/results/ranks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from loqt_ds.config import Config
+from loqt_ds.core.quantization import QuantSpec, packed_layout
+from loqt_ds.memory.formulas import (
+    activation_bytes,
+    block_workspace_bytes,
+    decompose_bytes,
+    gathered_bytes,
+    loss_bytes,
+    moment_bytes,
+    packed_bytes,
+    rebuild_bytes,
+    update_bytes,
+)
+from loqt_ds.method import head, lean
+from loqt_ds.method.conversion import build_meta, loqt_layers
+from loqt_ds.method.description import model_description, training_dtype
+from loqt_ds.method.linear import LoQTLinear
+
+GIB = 2**30
+CONTEXT_BYTES = GIB  # a CUDA context and what the allocator keeps to itself; on a CPU, interpreter and libraries
+
+LABELS = {
+    "weights_w": "W, packed",
+    "projections_p": "P, packed",
+    "factors_b": "B",
+    "full_rank_parameters": "parameters trained in full",
+    "masters": "fp32 masters",
+    "moments": "Adam's moments",
+    "buffers": "other buffers",
+    "context": "device context and cache, or interpreter",
+    "start_workspace": "one layer in fp32, as it is made",
+    "gradients": "gradients kept",
+    "new_gradient": "one new gradient",
+    "buckets": "buckets of gradients to be reduced",
+    "activations": "activations",
+    "tapped_inputs": "inputs kept for a re-initialization",
+    "loss": "a block of logits, and the loss",
+    "dequantized": "one dequantized matrix",
+    "block_workspace": "backward of one block",
+    "update_workspace": "update of one parameter",
+    "reinit_gathered": "gradients or sketches gathered",
+    "reinit_decompose": "finding one layer's P",
+    "reinit_pending": "new P, waiting for the update",
+    "reinit_rebuild": "one layer merged and compensated",
+    "export_model": "the export, loaded to be compared",
+    "export_workspace": "one layer as it is exported",
+}
+STAYS = ("weights_w", "projections_p", "factors_b", "full_rank_parameters", "masters", "moments", "buffers")
+_MODEL = ("weights_w", "projections_p", "factors_b", "full_rank_parameters", "buffers")
+
+
+@dataclass(frozen=True)
+class Zero:
+    """How DeepSpeed divides the trained state. bucket_elements: of all reduction buckets together."""
+
+    stage: int
+    world_size: int
+    bucket_elements: int
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts masters and moments are divided."""
+        return self.world_size if self.stage else 1
+
+
+def zero_of(ds_config: dict[str, Any], world_size: int) -> Zero:
+    """What a DeepSpeed configuration says of it."""
+    zero = ds_config.get("zero_optimization", {})
+    zero = {name: value for name, value in zero.items() if value != "auto"}
+    bucket = int(zero.get("reduce_bucket_size", 5e8)) * (2 if zero.get("overlap_comm") else 1)
+    stage = int(zero.get("stage", 0))
+    return Zero(stage, world_size, bucket if stage else 0)
+
+
+@dataclass
+class MemoryPlan:
+    """Bytes by entry, and which of them are alive together."""
+
+    name: str
+    dtype: str
+    entries: dict[str, int]
+    """Bytes of every entry of LABELS."""
+    phases: dict[str, tuple[str, ...]]
+    """Phase of a run (start, step, re-initialization, export) or moment of one -> the entries alive in it."""
+    num_adapted: int
+    """Weights in adapted matrices."""
+    num_trained: int
+    """Trained parameters: B and those trained in full."""
+    num_tokens: int
+    """Tokens of a micro-batch."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def persistent_bytes(self) -> int:
+        """Of tensors that stay for the whole run."""
+        return sum(self.entries[name] for name in STAYS)
+
+    def phase_bytes(self, phase: str) -> int:
+        """What is alive in it."""
+        return sum(self.entries[name] for name in self.phases[phase])
+
+    def peak_bytes(self, of: str) -> int:
+        """The largest phase of the start, a step, a re-initialization or the export: those that begin with its name."""
+        return max(self.phase_bytes(phase) for phase in self.phases if phase.split(":")[0] == of)
+
+    @property
+    def total_bytes(self) -> int:
+        """The peak: the largest phase."""
+        return max(self.phase_bytes(phase) for phase in self.phases)
+
+    @property
+    def total_gib(self) -> float:
+        """The peak in GiB."""
+        return self.total_bytes / GIB
+
+    @property
+    def parts_of_run(self) -> list[str]:
+        """start, step, re-initialization, export."""
+        return list(dict.fromkeys(phase.split(":")[0] for phase in self.phases))
+
+    def summary(self) -> str:
+        """One line: the peak, and of what."""
+        peaks = ", ".join(f"{part} {self.peak_bytes(part) / GIB:.2f}" for part in self.parts_of_run)
+        stays = f"{self.persistent_bytes / GIB:.2f} stay, {self.num_tokens:,} tokens at once"
+        return f"{self.total_gib:.2f} GiB ({stays}; {peaks})"
+
+    def lines(self) -> list[str]:
+        """A table for people."""
+
+        def row(label: str, num_bytes: int, remark: str = "") -> str:
+            return f"  {label:<58}{num_bytes / GIB:>9.3f} GiB{remark}"
+
+        rows = [f"memory of {self.name} in {self.dtype}, {self.num_tokens:,} tokens in a micro-batch"]
+        rows += [f"  {self.num_adapted:,} weights adapted, {self.num_trained:,} parameters trained"]
+        for name, label in LABELS.items():
+            if self.entries[name]:
+                rows.append(row(label, self.entries[name], "" if name in (*STAYS, "context") else "  for a while"))
+        rows.append(row("stays", self.persistent_bytes))
+        rows += [row(f"peak of {phase}", self.phase_bytes(phase)) for phase in self.phases]
+        rows.append(row("total", self.total_bytes))
+        return rows + [f"  {note}" for note in self.notes]
+
+
+# ---------------------------------------------------------------- the model, without its weights
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A converted model on the meta device: all that a plan asks of it."""
+
+    model: nn.Module
+    description: Any
+    """The transformers configuration."""
+    dtype: torch.dtype
+    layers: list[LoQTLinear]
+    factors: dict[str, nn.Parameter]
+    """Every B."""
+    others: dict[str, nn.Parameter]
+    """Parameters trained in full."""
+    lean: frozenset[str]
+    """Names of the modules that lean activations change."""
+    whole_logits: bool
+    """Whether the loss needs the logits of all tokens."""
+    notes: list[str]
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        return [*self.factors.values(), *self.others.values()]
+
+
+def planned_vocab_size(config: Config, described: int) -> tuple[int, str | None]:
+    """Rows of embedding and head before a tokenizer was loaded, and a note where they are a guess."""
+    wanted = config.model.vocab_size
+    if wanted is None:
+        return described, None
+    if wanted != "auto":
+        return int(wanted), None
+    if config.data.tokenizer is None:
+        return -(-config.data.tokenizer_vocab_size // 64) * 64, None
+    return described, f"model.vocab_size=auto: counted with the {described} of the shape file, not the tokenizer's size"
+
+
+def planned_model(config: Config, *, vocab_size: int | None = None) -> tuple[Any, list[str]]:
+    """The transformers configuration of the model to plan for, and notes."""
+    described = model_description(config, vocab_size=vocab_size)
+    if vocab_size is not None:
+        return described, []
+    described.vocab_size, note = planned_vocab_size(config, int(described.vocab_size))
+    return described, [note] if note else []
+
+
+def describe(config: Config, *, vocab_size: int | None = None) -> Facts:
+    """Builds the model without weights. Raises ValueError as the run itself would, for a rank or a pattern that does
+    not fit the model."""
+    dtype = training_dtype(config)
+    description, notes = planned_model(config, vocab_size=vocab_size)
+    model = build_meta(description, config.loqt, dtype=dtype, attention=config.model.attention)
+    layers = list(loqt_layers(model).values())
+    own = {id(layer.B) for layer in layers}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    factors = {name: parameter for name, parameter in trained.items() if id(parameter) in own}
+    others = {name: parameter for name, parameter in trained.items() if id(parameter) not in own}
+    changed = lean.install(model)
+    loss = head.install(model)
+    if loss.whole_logits is not None:
+        notes = [*notes, loss.describe()]
+    return Facts(
+        model=model,
+        description=description,
+        dtype=dtype,
+        layers=layers,
+        factors=factors,
+        others=others,
+        lean=frozenset((*changed.norms, *changed.mlps)),
+        whole_logits=loss.whole_logits is not None,
+        notes=notes,
+    )
+
+
+# ---------------------------------------------------------------- counting
+
+
+def _size(parameters: Sequence[nn.Parameter]) -> int:
+    return sum(parameter.numel() * parameter.dtype.itemsize for parameter in parameters)
+
+
+def plan(
+    config: Config, *, vocab_size: int | None = None, zero: Zero | None = None, facts: Facts | None = None
+) -> MemoryPlan:
+    """The memory a run of `config` needs on one device, or under DeepSpeed on each rank; nothing of the model is
+    allocated.
+
+    Args:
+        vocab_size: rows of embedding and head, where they are known from the tokenizer.
+        zero: how DeepSpeed divides what is trained; None: one device without it.
+        facts: what `describe` said of the same model, to plan for other steps with it.
+
+    Raises ValueError as `describe`.
+    """
+    facts = describe(config, vocab_size=vocab_size) if facts is None else facts
+    model, description, dtype, layers = facts.model, facts.description, facts.dtype, facts.layers
+    trained, steps = facts.trained, config.train.gradient_accumulation_steps
+    weights_w, projections_p = packed_bytes(model)
+    packed = {id(buffer) for layer in layers for buffer in layer.buffers()}
+    changed = facts.lean if config.train.lean_activations else frozenset()
+    activations, tapped = activation_bytes(config, model, description, dtype, lean=changed)
+    gathered = [gathered_bytes(layer, config) for layer in layers]
+    one_process = zero is None or zero.world_size == 1
+    # One process finds the P of a layer inside the layer's own backward.
+    one_at_a_time = steps == 1 and one_process
+    updates_at_once = config.optim.layerwise and steps == 1
+    full_rank = _size(list(facts.others.values()))
+    export = _export_bytes(config, facts)
+    largest = max(prod(layer.weight_shape) for layer in layers)
+    entries = {
+        "weights_w": weights_w,
+        "projections_p": projections_p,
+        "factors_b": _size(list(facts.factors.values())),
+        "full_rank_parameters": full_rank,
+        "masters": 4 * sum(p.numel() for p in trained) if dtype != torch.float32 and _has_masters(config) else 0,
+        "moments": sum(moment_bytes(parameter.numel(), optimizer=config.optim.name) for parameter in trained),
+        "buffers": sum(b.numel() * b.dtype.itemsize for b in model.buffers() if id(b) not in packed),
+        "context": CONTEXT_BYTES,
+        "start_workspace": 4 * max(largest, *(parameter.numel() for parameter in facts.others.values()), 0),
+        "gradients": 0 if updates_at_once else _size(trained),
+        "new_gradient": max(_size([parameter]) for parameter in trained),
+        "buckets": 0,
+        "activations": activations,
+        "tapped_inputs": tapped,
+        "loss": loss_bytes(config, description, dtype, whole_logits=facts.whole_logits),
+        "dequantized": _dequantized_bytes(config, facts),
+        "block_workspace": block_workspace_bytes(config, description, dtype),
+        "update_workspace": update_bytes(trained, config),
+        "reinit_gathered": max(gathered) if one_at_a_time else sum(gathered),
+        "reinit_decompose": max(decompose_bytes(layer, config) for layer in layers),
+        "reinit_pending": projections_p if one_process and not updates_at_once else 0,
+        "reinit_rebuild": max(rebuild_bytes(layer) for layer in layers),
+        "export_model": export,
+        "export_workspace": 2 * 4 * largest if export else 0,
+    }
+    if zero is not None:
+        _divide(entries, config, facts, zero)
+    return MemoryPlan(
+        name=config.name,
+        dtype=str(dtype).removeprefix("torch."),
+        entries=entries,
+        phases=_phases(config, zero),
+        num_adapted=sum(layer.in_features * layer.out_features for layer in layers),
+        num_trained=sum(parameter.numel() for parameter in trained),
+        num_tokens=config.train.micro_batch_size * config.data.sequence_length,
+        notes=list(facts.notes),
+    )
+
+
+def _dequantized_bytes(config: Config, facts: Facts) -> int:
+    """Of the buffer that is as large as the largest matrix that has to be dequantized."""
+    sizes = [0]
+    for layer in facts.layers:
+        sizes += [prod(layer.weight_shape)] if config.loqt.quantize_w != "none" else []
+        sizes += [prod(layer.basis_shape)] if config.loqt.quantize_p != "none" else []
+    return facts.dtype.itemsize * max(sizes)
+
+
+def _has_masters(config: Config) -> bool:
+    return config.optim.master == "fp32"
+
+
+def _export_bytes(config: Config, facts: Facts) -> int:
+    """Of the merged model that is written, loaded again and compared."""
+    if config.export.format == "none":
+        return 0
+    kind = {"int4": "nf4", "none": "nf4"}.get(config.loqt.quantize_w, config.loqt.quantize_w)
+    spec = QuantSpec("none" if config.export.format == "bf16" else kind, dense_dtype=torch.bfloat16)
+    adapted = sum(sum(packed_layout(layer.weight_shape, spec).values()) for layer in facts.layers)
+    return adapted + 2 * sum(parameter.numel() for parameter in facts.others.values())
+
+
+def _by_group(facts: Facts) -> list[list[int]]:
+    """Sizes of the parameters in each flat vector of ZeRO's."""
+    others = list(facts.others.values())
+    groups = (list(facts.factors.values()), [p for p in others if p.dim() >= 2], [p for p in others if p.dim() < 2])
+    return [[parameter.numel() for parameter in group] for group in groups if group]
+
+
+def _touched(sizes: list[int], parts: int) -> int:
+    """Elements of the parameters that the fullest partition of a flat vector touches."""
+    length = -(-sum(sizes) // parts)
+    touched = [0] * parts
+    start = 0
+    for size in sizes:
+        for part in range(start // length, (start + size - 1) // length + 1):
+            touched[part] += size
+        start += size
+    return max(touched)
+
+
+def _divide(entries: dict[str, int], config: Config, facts: Facts, zero: Zero) -> None:
+    """Changes the entries to what DeepSpeed keeps on the fullest rank."""
+    num = sum(parameter.numel() for parameter in facts.trained)
+    if zero.stage:
+        entries["masters"] = num * (4 if _has_masters(config) else 2) // zero.parts
+        entries["moments"] = moment_bytes(num, optimizer=config.optim.name) // zero.parts
+        # Of one partition: its gradient in float32, and Adam's denominator; of bf16 masters also the value.
+        entries["update_workspace"] = num * (8 if _has_masters(config) else 12) // zero.parts
+    if zero.stage == 2:
+        entries["gradients"] = facts.dtype.itemsize * sum(_touched(group, zero.parts) for group in _by_group(facts))
+    entries["buckets"] = facts.dtype.itemsize * zero.bucket_elements
+
+
+def _phases(config: Config, zero: Zero | None) -> dict[str, tuple[str, ...]]:
+    """What is alive together.
+
+    With one micro-batch a step, activations go as gradients come: the larger of the two counts. With several, the
+    gradients of earlier ones are there all the time.
+    """
+    steps, layerwise = config.train.gradient_accumulation_steps, config.optim.layerwise
+    one_process = zero is None or zero.world_size == 1
+    always = (*STAYS, "context", "dequantized")
+    kept = ("gradients",) if steps > 1 else ()  # while a backward begins
+    backward = (*always, "activations", "new_gradient", *kept, "buckets")
+    phases = {
+        "start": (*_MODEL, "context", "start_workspace"),
+        "step: the loss": (*always, "activations", "loss", "new_gradient", *kept),
+        "step: the first block's backward": (*backward, "block_workspace"),
+        "step: the last block's backward": (*always, "gradients", "new_gradient", "buckets"),
+        "step: the update": (*always, "gradients", "update_workspace"),
+        "re-initialization: the loss": (*always, "activations", "tapped_inputs", "loss", "new_gradient", *kept),
+    }
+    if layerwise:
+        phases["step: the update"] = (*always, "activations", "new_gradient", *kept, "update_workspace")
+    tapped = (*backward, "tapped_inputs", "reinit_gathered")
+    if one_process and layerwise:
+        phases["re-initialization: the first block's backward"] = (*tapped, "reinit_decompose")
+        rebuild = (*always, "activations", "tapped_inputs", *kept, "reinit_rebuild")
+        phases["re-initialization: a layer"] = (*rebuild, "reinit_gathered") if steps > 1 else rebuild
+    elif one_process:
+        phases["re-initialization: the first block's backward"] = (*tapped, "reinit_decompose")
+        phases["re-initialization: the last block's backward"] = (
+            *(*always, "gradients", "new_gradient", "reinit_pending"),
+            *("buckets", "reinit_decompose"),
+        )
+        phases["re-initialization: a layer"] = (*always, "reinit_pending", "reinit_rebuild")
+    else:
+        phases["re-initialization: the first block's backward"] = tapped
+        phases["re-initialization: the last block's backward"] = (
+            *(*always, "gradients", "new_gradient", "reinit_gathered"),
+            "buckets",
+        )
+        phases["re-initialization: finding P"] = (*always, "gradients", "reinit_gathered", "reinit_decompose")
+        phases["re-initialization: a layer"] = (*always, "gradients", "reinit_gathered", "reinit_rebuild")
+    if config.export.format != "none":
+        masters = ("masters",) if config.train.device == "cpu" else ()  # they wait on the host
+        phases["export"] = (*_MODEL, *masters, "context", "export_model", "export_workspace")
+    return phases

@@ -1,0 +1,233 @@
+"""What comes and goes in a step, in bytes, from shapes alone: activations, loss, gradients, update, re-initialization.
+
+Per token and transformer layer, with e bytes per activation (2 in bf16, 4 in fp32), h hidden, a attention width (heads
+* head size), i intermediate, r rank:
+
+                     lean            stock (train.lean_activations=false)
+    each norm        e h             (4 + e) h           its input; or a float32 copy and the normalized input (2 e h in
+                                                         fp32, where there is no copy; LayerNorm: e h)
+    attention        4 e a + 4 heads                     q, k, v, output; log-sum-exp
+       eager         3 e a + (4 + e) heads s             q, k, v; softmax over s = sequence in float32 and its copy (4
+                                                         heads s in fp32)
+    gated MLP        2 e i           3 e i               gate and up; its activation
+    other MLP        e i             e i                 what is activated
+    LoQT linear      e r                                 x P where in <= out
+       its input x   0               e in                where in > out, and on both while tapped (once for those that
+                                                         share it); 0 where it is the output of attention, which is kept
+    other linear     e in            e in                its input, once for those that share it
+
+For a Llama in bf16 with square attention this is 12 h + 4 i + 12 r lean, and 20 h + 8 i + 12 r stock. Lean layers get x
+from what norms and gated MLPs keep. Activation checkpointing keeps one input of e h per token and layer, and the above
+for one layer at a time.
+
+The loss holds one block of logits in float32 and in the activations' dtype (core.cross_entropy); where the model does
+something to its logits, all of them, their log-softmax and its gradient: 12 bytes a token and vocabulary entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from loqt_ds.config import Config
+from loqt_ds.core.cross_entropy import workspace_bytes
+from loqt_ds.core.quantization import packed_layout
+from loqt_ds.method.controller import NUM_PROBES, sketch_columns, subspace_method
+from loqt_ds.method.conversion import loqt_layers, output_head
+from loqt_ds.method.description import training_dtype
+from loqt_ds.method.linear import LoQTLinear
+from loqt_ds.optim import UPDATE_PIECE
+
+MIN_8BIT_SIZE = 4096  # bitsandbytes' min_8bit_size
+MOMENT_BLOCKSIZE = 256
+
+
+def moment_bytes(num_elements: int, *, optimizer: str) -> int:
+    """Bytes of Adam's two moments of one tensor: 8 an element in 32 bits; in 8 bits 2, and 8 for each block of 256."""
+    if optimizer == "adamw" or num_elements < MIN_8BIT_SIZE:
+        return 8 * num_elements
+    return 2 * num_elements + 8 * -(-num_elements // MOMENT_BLOCKSIZE)
+
+
+# ---------------------------------------------------------------- activations
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Sizes of a decoder, per token."""
+
+    hidden: int
+    attention: int  # heads * head size
+    intermediate: int
+    heads: int
+    num_layers: int
+
+
+def widths(description: Any) -> Widths:
+    """Of a transformers config."""
+    text = description.get_text_config()
+    hidden, heads = int(text.hidden_size), int(text.num_attention_heads)
+    head_size = getattr(text, "head_dim", None) or hidden // heads
+    intermediate = getattr(text, "intermediate_size", None) or 4 * hidden
+    return Widths(hidden, heads * int(head_size), int(intermediate), heads, int(text.num_hidden_layers))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() and not list(module.children())
+
+
+def _is_gated(module: nn.Module) -> bool:
+    return all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj"))
+
+
+_BACK = ("o_", "out", "down", "c_proj", "fc2", "wo", "w2", "dense_4h")  # how names begin of what projects back
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return "attention" in type(module).__name__.lower()
+
+
+def _norm_bytes(model: nn.Module, width: Widths, e: int, *, lean: frozenset[str]) -> int:
+    """Kept by all norms, per token."""
+    total = 0
+    for name, module in model.named_modules():
+        if not _is_norm(module):
+            continue
+        numel = sum(parameter.numel() for short, parameter in module.named_parameters() if short == "weight")
+        # a norm of each head's queries or keys sees all heads of a token
+        size = width.hidden if numel in (0, width.hidden) else width.attention
+        only_input = name in lean or isinstance(module, nn.LayerNorm)
+        total += e * size if only_input else (2 * e if e == 4 else 4 + e) * size
+    return total
+
+
+def _linear_bytes(model: nn.Module, e: int, *, lean: frozenset[str], eager: bool) -> tuple[int, int]:
+    """Kept by all linears, the output head apart, per token: (in an ordinary step, how much more while tapped)."""
+    total = tapped = 0
+    head = output_head(model)
+    for parent_name, parent in model.named_modules():
+        # By name of the parent's child: q, k, v of one attention, or gate and up of one MLP, share their input, while
+        # the projection back (o, down) has one of its own.
+        kept: set[tuple[int, bool]] = set()
+        while_tapped: set[tuple[int, bool]] = set()
+        for name, child in parent.named_children():
+            if child is head or not isinstance(child, nn.Linear | LoQTLinear):
+                continue
+            back = name.startswith(_BACK) or name == "dense"
+            adapted, place = isinstance(child, LoQTLinear), (int(child.in_features), back)
+            if back and _is_attention(parent):
+                has_input = not eager  # attention's output is kept by attention
+            else:
+                has_input = bool(lean) and adapted and (not back or parent_name in lean)
+            if isinstance(child, LoQTLinear) and child.side == "right":
+                total += e * child.rank
+                if not has_input:
+                    while_tapped.add(place)
+            elif not has_input:
+                kept.add(place)
+        total += e * sum(size for size, _ in kept)
+        tapped += e * sum(size for size, _ in while_tapped - kept)
+    return total, tapped
+
+
+def activation_bytes(
+    config: Config, model: nn.Module, description: Any, dtype: torch.dtype, *, lean: frozenset[str]
+) -> tuple[int, int]:
+    """Kept between forward and backward of one micro-batch, what the loss holds apart: (in an ordinary step, and how
+    much more in a re-initialization's, where layers keep their inputs for the gradient of W). `lean`: names of the
+    norms and gated MLPs that `method.lean` changes."""
+    width, e = widths(description), dtype.itemsize
+    sequence, eager = config.data.sequence_length, config.model.attention == "eager"
+    if eager:
+        attended = 3 * e * width.attention + (4 if e == 4 else 4 + e) * width.heads * sequence
+    else:
+        attended = 4 * e * width.attention + 4 * width.heads
+    gated = {name for name, module in model.named_modules() if _is_gated(module)}
+    activated = e * width.intermediate * (1 if not gated else 2 if gated <= lean else 3)
+    linears, tapped = _linear_bytes(model, e, lean=lean, eager=eager)
+    blocks = _norm_bytes(model, width, e, lean=lean) + width.num_layers * (attended + activated) + linears
+    tokens = config.train.micro_batch_size * sequence
+    if config.train.activation_checkpointing:  # the inputs of all blocks, and one block's activations at a time
+        kept = width.num_layers * e * width.hidden + blocks // width.num_layers
+        tapped //= width.num_layers
+    else:
+        kept = blocks
+    return tokens * (kept + e * width.hidden), tokens * tapped  # with the head's input
+
+
+def block_workspace_bytes(config: Config, description: Any, dtype: torch.dtype) -> int:
+    """What the backward of one block makes besides: gradients of gate, up and their product, the product and its
+    activation computed again; gradients of the residual stream and of a norm's input."""
+    width = widths(description)
+    tokens = config.train.micro_batch_size * config.data.sequence_length
+    return tokens * dtype.itemsize * (5 * width.intermediate + 3 * width.hidden)
+
+
+def loss_bytes(config: Config, description: Any, dtype: torch.dtype, *, whole_logits: bool) -> int:
+    """Temporaries of the loss, and the gradient of the head's input. `whole_logits`: of models whose loss needs all."""
+    tokens = config.train.micro_batch_size * config.data.sequence_length
+    hidden, vocab_size = widths(description).hidden, int(description.get_text_config().vocab_size)
+    if whole_logits:
+        return 12 * tokens * vocab_size
+    return workspace_bytes(tokens, hidden, vocab_size, dtype) + tokens * dtype.itemsize * hidden
+
+
+# ---------------------------------------------------------------- update
+
+
+def update_bytes(parameters: Sequence[nn.Parameter], config: Config) -> int:
+    """Temporaries of an update, which is made of one piece of one parameter at a time."""
+    piece = min(max(parameter.numel() for parameter in parameters), UPDATE_PIECE)
+    if parameters[0].dtype == torch.float32:
+        return 4 * piece  # Adam's denominator
+    if config.optim.master == "fp32":
+        return 8 * piece  # the gradient in float32, and Adam's denominator
+    return 12 * piece  # the value and its gradient in float32, and Adam's denominator
+
+
+# ---------------------------------------------------------------- re-initialization
+
+
+def gathered_bytes(layer: LoQTLinear, config: Config) -> int:
+    """One layer's gradient in float32; or its sketch with the columns it is taken with, in the activations' dtype."""
+    k, length = layer.basis_shape[0], layer.factor_length
+    if subspace_method(layer, config.loqt.subspace) == "sketch":
+        columns = sketch_columns(layer, config.loqt.sketch_oversampling) + NUM_PROBES
+        return training_dtype(config).itemsize * (k + length) * columns
+    return 4 * k * length
+
+
+def decompose_bytes(layer: LoQTLinear, config: Config) -> int:
+    """Temporaries of finding one layer's P, in float32.
+
+    For gram the (k, k) matrix, its eigenvectors and workspace in float64; for the sketch S, its QR, the small matrices
+    in float64 and P, or in the tap Ω, its QR and Q; for exact the left and right factors and LAPACK's copy.
+    """
+    (k, rank), length = layer.basis_shape, layer.factor_length
+    method = subspace_method(layer, config.loqt.subspace)
+    if method == "sketch":
+        columns = sketch_columns(layer, config.loqt.sketch_oversampling)
+        return max(4 * (2 * k * columns + k * rank) + 3 * 8 * columns**2, 4 * 3 * length * columns)
+    if method == "gram":
+        return 8 * 3 * k * k + 4 * k * rank
+    return 4 * (2 * k * length + k * k)
+
+
+def rebuild_bytes(layer: LoQTLinear) -> int:
+    """Temporaries of merging, quantizing and compensating one layer, in float32: the merged weight, one residual of its
+    size, P̂ old and new, B old, its candidate and the best; the new packed W beside the old."""
+    (k, rank), length = layer.basis_shape, layer.factor_length
+    dense = 4 * (2 * k * length + 2 * k * rank + 3 * length * rank)
+    return dense + sum(packed_layout(layer.weight_shape, layer.spec_w).values())
+
+
+def packed_bytes(model: nn.Module) -> tuple[int, int]:
+    """(W, P) of all layers."""
+    layers = list(loqt_layers(model).values())
+    weights = sum(sum(packed_layout(layer.weight_shape, layer.spec_w).values()) for layer in layers)
+    projections = sum(sum(packed_layout(layer.basis_shape, layer.spec_p).values()) for layer in layers)
+    return weights, projections
