@@ -28,7 +28,6 @@ import textwrap
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cache
-from types import MethodType
 from typing import Any
 
 import torch
@@ -80,26 +79,26 @@ def install(model: nn.Module, *, kernels: str = "torch") -> LeanReport:
     liger = kernels == "liger"
     report = LeanReport()
     for name, module in model.named_modules():
-        gated = _gated_parts(type(module).forward)
+        parts = _gated_parts(type(module).forward)
+        forward: Callable[..., Tensor] | None = None
         if _looks_like_norm(module):
-            method = _norm_forward if _is_plain_norm(module) else None
-            fused = _liger_norm_forward(module) if liger else None
             changed = report.norms
-        elif gated is not None or (_MLP_NAME.search(type(module).__name__) and _has_linear(module)):
-            method = _mlp_forward(gated) if gated is not None and _is_plain_activation(module, gated) else None
-            fused = _liger_mlp_forward(module, gated) if liger and gated is not None else None
+            if _is_plain_norm(module):
+                forward = (_LigerNormForward.of(module) if liger else None) or _NormForward(module)
+        elif parts is not None:
+            changed = report.mlps
+            if _is_plain_activation(module, parts):
+                forward = (_LigerMlpForward.of(module, parts) if liger else None) or _MlpForward(module, parts)
+        elif _MLP_NAME.search(type(module).__name__) and _has_linear(module):
             changed = report.mlps
         else:
             continue
-        previous = getattr(vars(module).get("forward"), "__func__", None)
-        method = fused or method
-        if method is None or not (previous is None or previous in _OURS):
+        if forward is None or not isinstance(vars(module).get("forward"), (*_FORWARDS, type(None))):
             report.left.append(name)
             continue
-        _OURS.add(method)
-        module.forward = MethodType(method, module)
+        module.forward = forward
         changed.append(name)
-        if fused is not None:
+        if isinstance(forward, _LigerNormForward | _LigerMlpForward):
             report.fused.append(name)
     return report
 
@@ -123,9 +122,6 @@ def check_kernels(kernels: str, devices: Collection[torch.device]) -> None:
         ) from error
 
 
-_OURS: set[Callable[..., Tensor]] = set()  # every forward that `install` has ever put on an instance
-
-
 # ---- normalizations -------------------------------------------------------------------------------------------------
 
 
@@ -138,15 +134,23 @@ def _is_plain_norm(module: nn.Module) -> bool:
     return not isinstance(module, nn.modules.batchnorm._NormBase) and not any(True for _ in module.buffers())
 
 
-# Dynamo would trace the Python of the recipe away; LoQT layers break its graph at the same places.
-@torch.compiler.disable
-def _norm_forward(self: nn.Module, *inputs: Any, **options: Any) -> Tensor:
+# The forwards are objects with the module inside, not methods: an instance that has them can be copied and pickled.
+# Dynamo breaks its graph at them, as at LoQT layers: it would trace the recipes away.
+
+
+@dataclass(eq=False)
+class _NormForward:
     """The forward of a normalization that keeps its inputs only."""
-    function = type(self).forward
-    plain = not options and all(isinstance(value, Tensor) and value.is_floating_point() for value in inputs)
-    if not (torch.is_grad_enabled() and plain):
-        return function(self, *inputs, **options)
-    return recomputed(function, self, *inputs)
+
+    module: nn.Module
+
+    @torch.compiler.disable
+    def __call__(self, *inputs: Any, **options: Any) -> Tensor:
+        function = type(self.module).forward
+        plain = not options and all(isinstance(value, Tensor) and value.is_floating_point() for value in inputs)
+        if not (torch.is_grad_enabled() and plain):
+            return function(self.module, *inputs, **options)
+        return recomputed(function, self.module, *inputs)
 
 
 # ---- gated MLPs -----------------------------------------------------------------------------------------------------
@@ -231,23 +235,23 @@ class _Function(nn.Module):
         return self.function(x)
 
 
-@cache
-def _mlp_forward(gated: _Gated) -> Callable[[nn.Module, Tensor], Tensor]:
-    """The forward of such an MLP that keeps gate and up only."""
+@dataclass(eq=False)
+class _MlpForward:
+    """The forward of a gated MLP that keeps gate and up only."""
+
+    module: nn.Module
+    parts: _Gated
 
     @torch.compiler.disable
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
-        """The forward of a gated MLP that keeps gate and up only."""
-        act = getattr(self, gated.act)
-        gate, up = getattr(self, gated.gate)(x), getattr(self, gated.up)(x)
+    def __call__(self, x: Tensor) -> Tensor:
+        act = getattr(self.module, self.parts.act)
+        gate, up = getattr(self.module, self.parts.gate)(x), getattr(self.module, self.parts.up)(x)
         if not isinstance(act, nn.Module):
             act = _Function(act)
         hooked = act._forward_hooks or act._forward_pre_hooks or act._backward_hooks or act._backward_pre_hooks
         lean = torch.is_grad_enabled() and not hooked  # hooks are called once, by the module itself
         product = recomputed(_act_times_up, act, gate, up) if lean else act(gate) * up
-        return getattr(self, gated.down)(product)
-
-    return forward
+        return getattr(self.module, self.parts.down)(product)
 
 
 # ---- source ---------------------------------------------------------------------------------------------------------
@@ -277,65 +281,79 @@ def _same_source(kind: type, other: type, method: str) -> bool:
 # ---- Liger-Kernel ---------------------------------------------------------------------------------------------------
 
 
-def _liger_norm_forward(module: nn.Module) -> Callable[..., Tensor] | None:
-    """The forward of a normalization by Liger's kernel; None for kinds that it does not compute."""
-    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+@dataclass(eq=False)
+class _LigerNormForward:
+    """The forward of an RMSNorm by Liger's kernel, which keeps its input and 4 bytes a row."""
 
-    kind = type(module)
-    if _same_source(kind, LlamaRMSNorm, "forward"):
-        return _liger_rms_norm("variance_epsilon", 0.0, "llama")
-    if _same_source(kind, GemmaRMSNorm, "forward") and _same_source(kind, GemmaRMSNorm, "_norm"):
-        return _liger_rms_norm("eps", 1.0, "gemma")
-    return None
+    module: nn.Module
+    eps: str
+    """Name of the attribute."""
+    offset: float
+    """What is added to the weight."""
+    casting: str
+    """What is computed in float32; Liger's name of it."""
 
+    @classmethod
+    def of(cls, module: nn.Module) -> _LigerNormForward | None:
+        """None for kinds that the kernel does not compute."""
+        from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+        from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-@cache
-def _liger_rms_norm(eps: str, offset: float, casting: str) -> Callable[..., Tensor]:
-    """The forward of an RMSNorm whose epsilon is called `eps` and whose weight is `weight` + `offset`."""
-    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-
-    def function(self: nn.Module, x: Tensor) -> Tensor:
-        # Not in place: the gradient of the output may be wanted elsewhere, as in models that normalize after a block.
-        return LigerRMSNormFunction.apply(x, self.weight, getattr(self, eps), offset, casting, False)
+        kind = type(module)
+        if _same_source(kind, LlamaRMSNorm, "forward"):
+            return cls(module, "variance_epsilon", 0.0, "llama")
+        if _same_source(kind, GemmaRMSNorm, "forward") and _same_source(kind, GemmaRMSNorm, "_norm"):
+            return cls(module, "eps", 1.0, "gemma")
+        return None
 
     @torch.compiler.disable
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
-        """The forward of an RMSNorm by Liger's kernel, which keeps its input and 4 bytes a row."""
-        y = function(self, x)
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self._compute(self.module, x)
         if not torch.is_grad_enabled():
             return y
-        weight: Any = self.weight
-        return attach_recipe(y, Computation(function, self, ("weight",), Autocast.now(x.device.type)), (x, weight))
+        computation = Computation(self._compute, self.module, ("weight",), Autocast.now(x.device.type))
+        weight: Any = self.module.weight
+        return attach_recipe(y, computation, (x, weight))
 
-    return forward
+    def _compute(self, module: nn.Module, x: Tensor) -> Tensor:
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-
-def _liger_mlp_forward(module: nn.Module, gated: _Gated) -> Callable[..., Tensor] | None:
-    """The forward of a gated MLP by Liger's kernel; None for activations other than SiLU."""
-    from transformers.activations import SiLUActivation
-
-    act = getattr(module, gated.act)
-    if type(act) not in (nn.SiLU, SiLUActivation) and act is not nn.functional.silu:
-        return None
-    return _liger_silu_mlp(gated)
+        eps = getattr(module, self.eps)
+        # Not in place: the gradient of the output may be wanted elsewhere, as in models that normalize after a block.
+        return LigerRMSNormFunction.apply(x, module.weight, eps, self.offset, self.casting, False)
 
 
-@cache
-def _liger_silu_mlp(gated: _Gated) -> Callable[..., Tensor]:
-    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+@dataclass(eq=False)
+class _LigerMlpForward:
+    """The forward of a gated MLP by Liger's kernel, which keeps gate and up. Its backward writes their gradients over
+    them, so that a graph can be gone through once."""
 
-    def function(_: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
-        return LigerSiLUMulFunction.apply(gate, up)
+    module: nn.Module
+    parts: _Gated
+
+    @classmethod
+    def of(cls, module: nn.Module, parts: _Gated) -> _LigerMlpForward | None:
+        """None for activations other than SiLU."""
+        from transformers.activations import SiLUActivation
+
+        act = getattr(module, parts.act)
+        is_silu = type(act) in (nn.SiLU, SiLUActivation) or act is nn.functional.silu
+        return cls(module, parts) if is_silu else None
 
     @torch.compiler.disable
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
-        """The forward of a gated MLP by Liger's kernel, which keeps gate and up. Its backward writes their gradients
-        over them, so that a graph can be gone through once."""
-        gate, up = getattr(self, gated.gate)(x), getattr(self, gated.up)(x)
-        product = function(self, gate, up)
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = getattr(self.module, self.parts.gate)(x), getattr(self.module, self.parts.up)(x)
+        product = self._compute(self.module, gate, up)
         if torch.is_grad_enabled():
-            attach_recipe(product, Computation(function, self, (), Autocast.now(x.device.type)), (gate, up))
-        return getattr(self, gated.down)(product)
+            computation = Computation(self._compute, self.module, (), Autocast.now(x.device.type))
+            attach_recipe(product, computation, (gate, up))
+        return getattr(self.module, self.parts.down)(product)
 
-    return forward
+    @staticmethod
+    def _compute(_: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+        return LigerSiLUMulFunction.apply(gate, up)
+
+
+_FORWARDS = (_NormForward, _MlpForward, _LigerNormForward, _LigerMlpForward)

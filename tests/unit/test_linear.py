@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from helpers import effective_weight, relative
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from loqt_ds.core.quantization import KINDS, QuantSpec, quantize
+from loqt_ds.core.quantization import BUFFERS, KINDS, QuantSpec, quantize
 from loqt_ds.core.subspace import resolve_side
 from loqt_ds.method.linear import LoQTLinear
 
@@ -350,6 +353,37 @@ def test_only_what_the_factor_needs_is_saved(shape, kind):
     assert tapped - small == inputs
     for shapes in (ordinary, tapped):
         assert not any(torch.Size(s).numel() >= out_features * in_features for s in shapes)
+
+
+@pytest.mark.parametrize("shape", [(91, 37), (37, 91)], ids=["right", "left"])
+def test_one_dequantized_matrix_is_alive_at_a_time(shape, monkeypatch):
+    in_use, taken = 0, []
+    original = BUFFERS.take
+
+    @contextmanager
+    def take(num_bytes: int, device: torch.device) -> Iterator[Tensor]:
+        nonlocal in_use
+        in_use += 1
+        taken.append(num_bytes)
+        assert in_use == 1
+        with original(num_bytes, device) as buffer:
+            yield buffer
+            buffer.fill_(255)  # NaN, for whoever keeps a view of it
+        in_use -= 1
+
+    layer = make_layer(shape)
+    layer.tap = Sum()
+    x = random_input(layer, 5)
+    dy = random_cotangent(layer(x))
+    monkeypatch.setattr(BUFFERS, "take", take)
+    y = layer(x)
+    y.backward(dy)
+    w, p = 4 * shape[0] * shape[1], 4 * layer.basis_shape[0] * layer.rank
+    right = layer.side == "right"
+    assert taken == ([p, w, w, p] if right else [w, p, p, w])  # forward; backward: each matrix once
+    reference = DenseGradients(layer, x, dy)
+    assert relative(y, reference.y) < 2e-6 and relative(x.grad, reference.dx) < 2e-6
+    assert relative(layer.B.grad, reference.db) < 2e-6
 
 
 def test_rewriting_w_or_p_between_forward_and_backward_is_an_error():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loqt_ds.core import quantization
-from loqt_ds.core.quantization import KINDS, QuantSpec, dequantize, packed_layout, quantize
+from loqt_ds.core.quantization import BUFFERS, KINDS, QuantSpec, dequantize, dequantized, packed_layout, quantize
 
 # QLoRA, appendix E; and the 1-2-1 float of bitsandbytes, in the order of its bit patterns, divided by 12.
 NF4_TABLE = [
@@ -232,3 +234,100 @@ def test_impossible_specs_are_refused() -> None:
         QuantSpec("none", double_quant=True)
     with pytest.raises(ValueError, match="dense_dtype"):
         QuantSpec("none", dense_dtype=torch.int8)
+
+
+# ---------------------------------------------------------------- a buffer to dequantize into
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (37, 91), (13, 5), (1376, 800)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("double", [False, True])
+def test_the_buffer_holds_what_dequantize_returns(kind, double, shape):
+    spec = QuantSpec(kind, double_quant=double and kind != "none")
+    packed = quantize(torch.randn(shape, generator=torch.Generator().manual_seed(7)), spec)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        with dequantized(packed, shape, spec, dtype=dtype) as values:
+            assert values.dtype == dtype and torch.equal(values, dequantize(packed, shape, spec, dtype=dtype))
+
+
+def take(shape: tuple[int, int], dtype: torch.dtype = torch.float32):
+    spec = QuantSpec("nf4")
+    return dequantized(quantize(torch.ones(shape), spec), shape, spec, dtype=dtype)
+
+
+def test_memory_is_used_again_by_one_at_a_time():
+    BUFFERS.clear()
+    with take((64, 32)) as large:
+        address = large.data_ptr()
+        with take((8, 8)) as other:  # while the first is in use
+            other.fill_(5.0)
+            assert other.data_ptr() != address and (large == 1).all()
+    BUFFERS.clear()
+    with take((64, 32)) as large:
+        address = large.data_ptr()
+    for shape, dtype in (((8, 8), torch.float32), ((64, 64), torch.bfloat16)):
+        with take(shape, dtype) as again:
+            assert again.data_ptr() == address
+    with take((100, 100)) as larger, torch.inference_mode():
+        size = larger.untyped_storage().nbytes()
+    with pytest.raises(ZeroDivisionError), take((64, 32)) as values:
+        assert values.untyped_storage().nbytes() == size  # the larger one has taken the place of the smaller
+        raise ZeroDivisionError
+    with take((64, 32)) as values:  # was given back
+        assert values.untyped_storage().nbytes() == size
+
+
+def test_memory_that_is_first_asked_for_in_inference_mode_serves_training_too():
+    BUFFERS.clear()
+    with torch.inference_mode(), take((8, 8)) as values:
+        assert (values == 1).all()
+    with take((8, 8)) as values:
+        assert not values.is_inference() and (values == 1).all()
+
+
+def test_threads_do_not_share_a_buffer():
+    spec, shape = QuantSpec("nf4"), (64, 64)
+    wrong: list[int] = []
+    meet = threading.Barrier(3)
+
+    def work(number: int) -> None:
+        packed = quantize(torch.full(shape, float(number)), spec)
+        for _ in range(30):
+            with dequantized(packed, shape, spec, dtype=torch.float32) as values:
+                meet.wait(20)  # all of them have theirs
+                if not (values == number).all():
+                    wrong.append(number)
+                meet.wait(20)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in (1, 2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_kernel_that_writes_to_its_argument_is_used_where_there_is_one(kind, monkeypatch):
+    # As on CUDA: a kernel of ours stands in for it, with the checks of bitsandbytes' own.
+    calls: list[torch.Size] = []
+
+    def kernel(a, absmax, blocksize, quant_type, shape, dtype, out):
+        assert out.shape == torch.Size(shape) and out.dtype == dtype and out.is_contiguous()
+        calls.append(out.shape)
+        out.copy_(torch.ops.bitsandbytes.dequantize_4bit.default(a, absmax, blocksize, quant_type, shape, dtype))
+
+    library = torch.library.Library("bitsandbytes", "IMPL")
+    try:
+        library.impl("dequantize_4bit.out", kernel, "CPU")
+        monkeypatch.setattr("loqt_ds.core.quantization._writes_to_out", lambda device: True)
+        for shape, double, used in (((172, 64), True, True), ((13, 6), False, True), ((13, 5), False, False)):
+            spec = QuantSpec(kind, double_quant=double)
+            packed = quantize(torch.randn(shape), spec)
+            for dtype in (torch.bfloat16, torch.float32):
+                calls.clear()
+                expected = dequantize(packed, shape, spec, dtype=dtype)
+                assert torch.equal(dequantize(packed, shape, spec, out=torch.empty(shape, dtype=dtype)), expected)
+                assert bool(calls) == used
+    finally:
+        library._destroy()
