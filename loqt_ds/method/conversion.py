@@ -344,7 +344,8 @@ class _Initializer:
         for short, empty in empties.items():
             # Whoever holds the module must not hold what was drawn: all modules would be the whole model in float32.
             module.register_parameter(short, empty)
-        forgotten = [short for short, t in tensors.items() if not torch.isfinite(t).all()]
+        # By the extremes: isfinite makes a copy, and the largest tensor decides the peak of the start.
+        forgotten = [s for s, t in tensors.items() if t.numel() and not torch.stack(t.aminmax()).isfinite().all()]
         if forgotten:
             raise ValueError(
                 f"the initializer of {type(self._model).__name__} leaves {name}.{forgotten[0]} uninitialized"
