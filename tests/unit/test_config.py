@@ -317,6 +317,10 @@ REFUSED: list[tuple[list[str], list[str]]] = [
         ["train.max_grad_norm=1", "train.max_grad_norm_per_parameter=2"],
         ["train.max_grad_norm=1", "train.max_grad_norm_per_parameter=2", "null"],
     ),
+    (
+        ["model.kernels=liger", "train.lean_activations=false"],
+        ["model.kernels=liger", "train.lean_activations=true", "model.kernels=torch"],
+    ),
     (["train.max_grad_norm_per_parameter=0"], ["train.max_grad_norm_per_parameter=0", "null"]),
     (["optim.master=bf16"], ["optim.master=bf16", "train.dtype=auto", "train.dtype=bf16"]),
     (["optim.master=bf16", "train.dtype=fp32"], ["optim.master=bf16", "train.dtype=fp32"]),

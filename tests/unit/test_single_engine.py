@@ -35,6 +35,7 @@ from loqt_ds import optim as optim_module
 from loqt_ds.config import ConfigError, load_config
 from loqt_ds.engines.single import SingleEngine
 from loqt_ds.method import controller as controller_module
+from loqt_ds.method import head, lean
 from loqt_ds.method.controller import Controller
 from loqt_ds.method.conversion import build_model, initializer
 
@@ -251,6 +252,36 @@ def test_layerwise_updates_train_the_same(order, precision, name, monkeypatch):
     assert equal(actual, expected) == []
     if train:
         assert min(norms) > 0.02 * math.sqrt(12)  # clipping had something to do
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["whole", "reentrant", "non-reentrant"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_layerwise_updates_train_the_same_as_a_run_has_them(tied, checkpointing):
+    """With lean activations and the blocked loss, whose backwards read weights again after others were updated."""
+
+    def trained(layerwise: bool) -> tuple[list[float], dict[str, Tensor]]:
+        config = make_config(
+            optim={"name": "adamw8bit", "master": "bf16", "layerwise": layerwise, "lr": 0.03},
+            train={"dtype": "bf16", "gradient_accumulation_steps": 2},
+        )
+        engine = make_engine(config, model_config=llama_config(num_hidden_layers=2, tie_word_embeddings=tied))
+        lean.install(engine.network)
+        head.install(engine.network)
+        if checkpointing is not None:
+            engine.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+        losses = []
+        for step in range(4):
+            for part in token_batch(step).chunk(2):
+                inputs, targets = part[:, :-1], part[:, 1:]
+                loss = engine(input_ids=inputs, targets=targets, use_cache=False) / targets.numel()
+                engine.backward(loss)
+                engine.step()
+                losses.append(loss.item())
+        return losses, snapshot(engine)
+
+    (losses, expected), (layerwise_losses, actual) = trained(False), trained(True)
+    assert layerwise_losses == losses
+    assert equal(actual, expected) == []
 
 
 @pytest.mark.parametrize("layerwise", [False, True])
