@@ -368,7 +368,7 @@ def load_model(
     if config.train.lean_activations:
         say(lean.install(model, kernels=config.model.kernels).describe())
     loss = head.install(model, kernels=config.model.kernels)
-    if loss.whole_logits is not None:
+    if loss.whole_logits is not None or loss.kernels != config.model.kernels:
         say(loss.describe())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"trained parameters: {trained:,}; adapted weights in {config.loqt.quantize_w}")

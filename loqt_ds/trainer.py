@@ -256,9 +256,11 @@ class Trainer:
             # The newest one may hold what the last update before the bad steps has spoiled.
             proven = self._proven_checkpoint
             good = proven if proven is not None and proven.is_dir() else self._last_checkpoint
+            layerwise = self._config.optim.layerwise
+            clipping = "train.max_grad_norm_per_parameter" if layerwise else "train.max_grad_norm"
             raise TrainingFailed(
                 f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a gradient that is not finite (up to step "
-                f"{self._engine.step_index}); lower optim.lr or set train.max_grad_norm. {self._where_to_go_on(good)}"
+                f"{self._engine.step_index}); lower optim.lr or set {clipping}. {self._where_to_go_on(good)}"
             )
 
     def _stop(self, reason: str, position: dict[str, Any]) -> NoReturn:

@@ -18,20 +18,29 @@ rounded to bf16 after each, or need a float32 copy of W's size.)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 BLOCK_ELEMENTS = 2**23
-"""Logits alive at a time: 32 MiB in float32. Larger blocks are slower on a CPU, smaller ones waste a GPU."""
+"""Logits alive at a time: 32 MiB in float32. Larger blocks are slower on a CPU; a GPU wants products of some size."""
+Transform = Callable[[Tensor], Tensor]
+"""What a model does to every logit by itself: (rows, columns) -> (rows, columns), differentiable."""
+
 MAX_ROWS = 8192
 """Tokens of a block; more would leave so few columns that products became slow."""
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, ignore_index: int = -100
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    transform: Transform | None = None,
 ) -> Tensor:
     """Negative log-likelihood in nats, summed over tokens whose target is not `ignore_index`.
 
@@ -40,6 +49,7 @@ def linear_cross_entropy(
     Args:
         hidden: (T, h). weight: (V, h). bias: (V,). All of one floating-point dtype; any of them may need no gradient.
         targets: (T,) int64, each below V or `ignore_index`.
+        transform: applied to the logits of each block, elementwise; None: they are as the product gives them.
 
     Returns a scalar in float32 (float64 if hidden is); 0 where all targets are ignored.
     """
@@ -54,7 +64,7 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, ignore_index)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, ignore_index, transform)
     return loss
 
 
@@ -64,12 +74,19 @@ def _check_range(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
         raise ValueError(f"the target {int(wrong[0])} is neither in the vocabulary of {vocab_size} nor {ignore_index}")
 
 
-def workspace_bytes(num_tokens: int, hidden_size: int, vocab_size: int, dtype: torch.dtype) -> int:
+def workspace_bytes(
+    num_tokens: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, *, transformed: bool = False
+) -> int:
     """What `linear_cross_entropy` and its backward hold at their peak beside their arguments, the log-sum-exp and the
-    gradients that they return: a block of logits in float32 and in `dtype`, the gradient of H in float32 and a part."""
+    gradients that they return: a block of logits in float32 and in `dtype`, the gradient of H in float32 and a part.
+
+    transformed: with a transform; counted is one that scales, caps and scales back, with what its derivative takes.
+    """
     rows, columns = _block_shape(num_tokens, vocab_size)
     low = 0 if dtype == torch.float32 else dtype.itemsize
     num_bytes = (4 + low) * rows * columns
+    if transformed:
+        num_bytes += 5 * dtype.itemsize * rows * columns
     if low and columns < vocab_size:
         num_bytes += (4 + low) * rows * hidden_size
     return num_bytes
@@ -89,24 +106,37 @@ def _slices(length: int, step: int) -> Iterator[slice]:
 class _Blocks:
     """Makes the logits of one block after another, always in the same memory."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        self._hidden, self._weight, self._bias = hidden, weight, bias
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform | None) -> None:
+        self._hidden, self._weight, self._bias, self._transform = hidden, weight, bias, transform
+        self._transformed: tuple[Tensor, Tensor] | None = None  # logits before and after
         self.dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         rows, columns = _block_shape(len(hidden), len(weight))
         self.rows, self.columns = list(_slices(len(hidden), rows)), list(_slices(len(weight), columns))
         self._wide = hidden.new_empty(rows * columns, dtype=self.dtype)
-        self._low = self._wide if hidden.dtype == self.dtype else hidden.new_empty(rows * columns)
+        in_place = hidden.dtype == self.dtype and transform is None
+        self._low = self._wide if in_place else hidden.new_empty(rows * columns)
 
-    def logits(self, rows: slice, columns: slice) -> Tensor:
-        """(rows, columns) in float32, until the next call."""
+    def logits(self, rows: slice, columns: slice, *, differentiable: bool = False) -> Tensor:
+        """(rows, columns) in float32, until the next call. differentiable: `gradient` will be asked for."""
+        self._transformed = None  # lets go of the last block's graph
         hidden, weight = self._hidden[rows], self._weight[columns]
         low = self._view(self._low, hidden, weight)
         torch.mm(hidden, weight.t(), out=low)
+        if self._transform is not None:
+            before = low if self._bias is None else low.add_(self._bias[columns])
+            before = before.detach().requires_grad_(differentiable)
+            with torch.set_grad_enabled(differentiable):
+                after = self._transform(before)
+            self._transformed = before, after
+            return self._view(self._wide, hidden, weight).copy_(after.detach())
         wide = low if self._low is self._wide else self._view(self._wide, hidden, weight).copy_(low)
         return wide if self._bias is None else wide.add_(self._bias[columns])
 
-    def lowered(self, block: Tensor) -> Tensor:
-        """The block in the dtype of hidden; it may take the place of the logits that were made last."""
+    def gradient(self, block: Tensor) -> Tensor:
+        """The gradient of H Wᵀ + b, in the dtype of H, from that of the logits made last, whose place it may take."""
+        if self._transformed is not None:
+            before, after = self._transformed
+            return torch.autograd.grad(after, before, block.to(after.dtype))[0]
         if self._low is self._wide:
             return block
         return self._low[: block.numel()].view(block.shape).copy_(block)
@@ -132,11 +162,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         ignore_index: int,
+        transform: Transform | None,
     ) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             kept = targets != ignore_index
             possible = (targets >= 0) & (targets < len(weight))
-            blocks = _Blocks(hidden, weight, bias)
+            blocks = _Blocks(hidden, weight, bias, transform)
             log_sums = hidden.new_empty(len(hidden), dtype=blocks.dtype)
             total = hidden.new_zeros((), dtype=blocks.dtype)
             for rows in blocks.rows:
@@ -157,7 +188,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 log_sums[rows] = log_sum.squeeze(1)
                 total += torch.where(kept[rows], (log_sum - of_target).squeeze(1), 0).sum()
         ctx.save_for_backward(hidden, weight, bias, targets, log_sums)  # type: ignore[arg-type]
-        ctx.ignore_index = ignore_index  # type: ignore[attr-defined]
+        ctx.ignore_index, ctx.transform = ignore_index, transform  # type: ignore[attr-defined]
         return total
 
     @staticmethod
@@ -166,7 +197,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden, weight, bias, targets, log_sums = ctx.saved_tensors  # type: ignore[attr-defined]
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]  # type: ignore[attr-defined]
         with torch.autocast(hidden.device.type, enabled=False):
-            blocks = _Blocks(hidden, weight, bias)
+            blocks = _Blocks(hidden, weight, bias, ctx.transform)  # type: ignore[attr-defined]
             # Of a token that is not predicted every logit's gradient is 0.
             scale = (targets != ctx.ignore_index).unsqueeze(1) * grad  # type: ignore[attr-defined]
             empty = torch.empty_like if len(hidden) else torch.zeros_like
@@ -181,13 +212,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     own_dtype = grad_hidden.dtype == blocks.dtype
                     added = grad_hidden[rows].zero_() if own_dtype else torch.zeros_like(of_rows, dtype=blocks.dtype)
                 for columns in blocks.columns:
-                    block = blocks.logits(rows, columns).sub_(log_sums[rows].unsqueeze(1)).exp_()
+                    block = blocks.logits(rows, columns, differentiable=True).sub_(log_sums[rows].unsqueeze(1)).exp_()
                     column, inside = _in_block(own, columns)
                     block.scatter_add_(1, column, inside.to(blocks.dtype).neg_())
                     block.mul_(scale[rows])
+                    low = blocks.gradient(block)
                     if grad_bias is not None:
-                        grad_bias[columns] += block.sum(0)
-                    low = blocks.lowered(block)
+                        grad_bias[columns] += low.sum(0, dtype=blocks.dtype)
                     if grad_weight is not None:
                         if rows.start == 0:
                             torch.mm(low.t(), of_rows, out=grad_weight[columns])
@@ -200,6 +231,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                             added.addmm_(low, weight[columns])
                         else:
                             added += low @ weight[columns]
+                    del block, low  # before the next is there
                 if grad_hidden is not None and added is not None and added.dtype != grad_hidden.dtype:
                     grad_hidden[rows] = added
-        return grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(weight.dtype), None, None
+        return grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(weight.dtype), None, None, None

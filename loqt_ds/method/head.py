@@ -5,19 +5,17 @@ without them what it always gave. With targets the model runs its own forward, s
 it always is; only its output head, instead of making logits, notes its input and hands on a tensor on the meta device.
 The loss is then `core.cross_entropy`'s (or Liger-Kernel's fused one) of that input and the head's weight.
 
-This is right where what the model returns is what its head returns. Models that scale or cap their logits (Granite,
-Cohere, Gemma 2), or whose head is no plain `nn.Linear`, are found out by trying the forward once, with the decoder left
-out; their logits are made for all tokens, and `install` says so.
+This is right where the model returns what its head returns, or that with every logit scaled or capped by itself, as
+Granite, Cohere and Gemma 2 do: then the model's own forward is run once more on each block of logits, with the decoder
+left out. Which of these a model is, is tried when it is changed, on numbers and without its decoder. For others (a head
+that is no plain `nn.Linear`, say) the logits of all tokens are made, and `install` says so.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
-from types import MethodType
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 
 from loqt_ds.core.cross_entropy import linear_cross_entropy
 from loqt_ds.method.conversion import output_head
+from loqt_ds.method.lean import check_kernels
 
 IGNORED = -100
 """The target of a token that is not predicted."""
@@ -32,10 +31,12 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class HeadReport:
-    """What `install` did."""
+    """How the loss is computed."""
 
     whole_logits: str | None
     """Why the logits of all tokens are made at once; None where they are not."""
+    is_transformed: bool
+    """Whether the model scales or caps its logits, which then is done block by block."""
     kernels: str
     """Who computes the loss: torch or liger."""
 
@@ -43,111 +44,113 @@ class HeadReport:
         """One line for the start of a run."""
         if self.whole_logits is not None:
             return f"the loss needs the logits of all tokens at once: {self.whole_logits}"
-        return "the loss is computed without the logits of all tokens" + (
-            ", by Liger's fused kernel" if self.kernels == "liger" else ""
-        )
+        by = "Liger's fused kernel" if self.kernels == "liger" else "torch, block by block"
+        why = " (the model scales or caps its logits)" if self.is_transformed else ""
+        return f"the loss is computed by {by}, without the logits of all tokens{why}"
 
 
 def install(model: nn.Module, *, kernels: str = "torch") -> HeadReport:
     """Afterwards `model(**inputs, targets=targets)` is the negative log-likelihood in nats, summed over the targets
-    (shape of input_ids, -100 where nothing is predicted), in float32. Installed twice, the last one counts.
+    (shape of input_ids, -100 where nothing is predicted), in float32. Installed again, the last one counts.
 
     Args:
         model: a causal language model whose forward returns an output with `logits`; its parameters may be on the meta
             device.
-        kernels: torch, or liger for Liger-Kernel's fused loss on a CUDA device.
+        kernels: torch, or liger for Liger-Kernel's fused loss on a CUDA device (where the model leaves its logits as
+            they are).
 
-    Raises ValueError for kernels that there are not, or that cannot run here.
+    Raises ConfigError for kernels that there are not, or that cannot run here.
     """
-    if kernels not in ("torch", "liger"):
-        raise ValueError(f"model.kernels={kernels!r} is not there; use torch or liger")
+    check_kernels(kernels, {parameter.device for parameter in model.parameters()})
+    installed = vars(model).get("forward")
+    stock = installed.stock if isinstance(installed, _ModelForward) else model.forward
     head = output_head(model)
-    why = _why_whole(model, head)
-    if kernels == "liger":
-        _check_liger(model)
-    if why is None:
-        assert head is not None
-        head.forward = MethodType(_head_forward, head)
-        head._loqt_inputs = None  # type: ignore[assignment]
-    report = HeadReport(why, kernels if why is None else "torch")
-    if "_loqt_head" not in vars(model):
-        model._loqt_forward = model.forward  # type: ignore[assignment]
-        model.forward = MethodType(_forward_of(type(model)), model)
-    model._loqt_head = report  # type: ignore[assignment]
+    report = _try_model(model, stock, head, kernels)
+    if report.whole_logits is None and head is not None:
+        head.forward = _HeadForward(head)
+    model.forward = _ModelForward(model, stock, report)
     return report
 
 
 def is_installed(model: nn.Module) -> bool:
     """Whether `model(**inputs, targets=targets)` gives a loss."""
-    return "_loqt_head" in vars(model)
-
-
-def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood in nats, summed over predicted tokens; logits (b, s, v) are taken to float32."""
-    return nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    return isinstance(vars(model).get("forward"), _ModelForward)
 
 
 # ---------------------------------------------------------------- with targets
 
-
-def _forward_of(kind: type[nn.Module]) -> Any:
-    """The forward of a changed model. Its signature is the model's own, from which transformers reads what a model
-    takes."""
-
-    @wraps(kind.forward)
-    def forward(self: Any, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> Any:
-        if targets is None:
-            return self._loqt_forward(*args, **kwargs)
-        if self._loqt_head.whole_logits is not None:
-            return summed_loss(self._loqt_forward(*args, **kwargs).logits, targets)
-        head: Any = output_head(self)
-        with _noting(head) as inputs:
-            logits = self._loqt_forward(*args, **kwargs).logits
-        if len(inputs) != 1 or not logits.is_meta or logits.shape[:-1] != targets.shape:
-            raise RuntimeError(
-                f"{kind.__name__} called its output head {len(inputs)} times and returned logits "
-                f"{tuple(logits.shape)} for targets {tuple(targets.shape)}; call it with one target for each token"
-            )
-        hidden, targets = inputs[0].flatten(0, -2), targets.flatten()
-        # Liger's gradient of W is lost where H needs none.
-        if self._loqt_head.kernels == "liger" and (hidden.requires_grad or not head.weight.requires_grad):
-            return _liger_loss(hidden, head.weight, targets, head.bias)
-        return linear_cross_entropy(hidden, head.weight, targets, bias=head.bias, ignore_index=IGNORED)
-
-    return forward
+# Objects with the module inside, not bound methods, which would be unpickled as those of the class.
 
 
-def _head_forward(self: Any, x: Tensor) -> Tensor:
+class _HeadForward:
     """The forward of an output head, which while it is noted makes nothing."""
-    if self._loqt_inputs is None:
-        return nn.functional.linear(x, self.weight, self.bias)
-    self._loqt_inputs.append(x)
-    return torch.empty(*x.shape[:-1], len(self.weight), dtype=x.dtype, device="meta")
+
+    def __init__(self, head: nn.Module) -> None:
+        self._head: Any = head
+        self.inputs: list[Tensor] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.inputs is None:
+            return nn.functional.linear(x, self._head.weight, self._head.bias)
+        self.inputs.append(x)
+        return torch.empty(*x.shape[:-1], len(self._head.weight), dtype=x.dtype, device="meta")
 
 
-@contextmanager
-def _noting(head: Any) -> Iterator[list[Tensor]]:
-    inputs: list[Tensor] = []
-    head._loqt_inputs = inputs
-    try:
-        yield inputs
-    finally:
-        head._loqt_inputs = None
+class _ModelForward:
+    """The forward of a changed model."""
 
+    def __init__(self, model: nn.Module, stock: Callable[..., Any], report: HeadReport) -> None:
+        self._model, self.stock, self._report = model, stock, report
 
-# ---------------------------------------------------------------- Liger
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """For `inspect.signature`, by which transformers finds out what a model takes."""
+        return self.stock
 
-
-def _check_liger(model: nn.Module) -> None:
-    """Raises ValueError if Liger's kernels cannot run here."""
-    if next(model.parameters()).device.type not in ("cuda", "meta"):
-        raise ValueError("model.kernels=liger runs on a CUDA device; on a CPU use model.kernels=torch")
-    if importlib.util.find_spec("liger_kernel") is None:
-        raise ValueError(
-            "model.kernels=liger needs Liger-Kernel: pip install 'loqt-ds[liger]', or use model.kernels=torch"
+    def __call__(self, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> Any:
+        if targets is None:
+            return self.stock(*args, **kwargs)
+        if self._report.whole_logits is not None:
+            return _loss_of_logits(self.stock(*args, **kwargs).logits, targets)
+        head: Any = output_head(self._model)
+        hidden = self._head_input(head, args, kwargs, targets).flatten(0, -2)
+        targets = targets.flatten()
+        # Liger's gradient of W is lost where H needs none.
+        if self._report.kernels == "liger" and (hidden.requires_grad or not head.weight.requires_grad):
+            return _liger_loss(hidden, head.weight, targets, head.bias)
+        transform = self._transform if self._report.is_transformed else None
+        return linear_cross_entropy(
+            hidden, head.weight, targets, bias=head.bias, ignore_index=IGNORED, transform=transform
         )
+
+    def _head_input(self, head: Any, args: Any, kwargs: Any, targets: Tensor) -> Tensor:
+        """What the head is called with (b, s, h) when the model runs its own forward."""
+        inputs: list[Tensor] = []
+        head.forward.inputs = inputs
+        try:
+            logits = self.stock(*args, **kwargs).logits
+        finally:
+            head.forward.inputs = None
+        if len(inputs) != 1 or not logits.is_meta or inputs[0].shape[:-1] != targets.shape:
+            raise RuntimeError(
+                f"{type(self._model).__name__} called its output head {len(inputs)} times for logits of shape "
+                f"{tuple(logits.shape)}, with targets {tuple(targets.shape)}; give one target for each token, and no "
+                "option that leaves out logits"
+            )
+        return inputs[0]
+
+    def _transform(self, logits: Tensor) -> Tensor:
+        """What the model makes of its head's logits (rows, columns)."""
+        head = output_head(self._model)
+        assert head is not None
+        return _after_head(self._model, self.stock, head, logits.unsqueeze(0))[0].squeeze(0)
+
+
+def _loss_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood in nats, summed over predicted tokens; logits (b, s, v) are taken to float32."""
+    return nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
 
 
 def _liger_loss(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
@@ -159,11 +162,11 @@ def _liger_loss(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | 
     # By position, in the order that all versions from 0.6 have: no weights of entries, the target to ignore, no z-loss,
     # no smoothing, the sum.
     outputs = LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, targets, bias, None, IGNORED, 0.0, 0.0, "sum")
-    loss: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
+    loss: Tensor = outputs[0]
     return loss
 
 
-# ---------------------------------------------------------------- whether the logits are the head's
+# ---------------------------------------------------------------- what a model does after its head
 
 
 class _DecoderOutput(tuple):
@@ -175,44 +178,27 @@ class _DecoderOutput(tuple):
         return self[0] if name == "last_hidden_state" else None
 
 
-@torch.no_grad()
-def _why_whole(model: nn.Module, head: nn.Module | None) -> str | None:
-    """Why the loss cannot be had from the head's input and weight alone; None if it can.
-
-    The model's own forward is run on the CPU with decoder and head replaced: does it hand what the decoder gave to the
-    head once, and return what the head gave, the very tensor, unchanged?
-    """
-    name = type(model).__name__
-    if head is None:
-        return f"{name} does not say which module makes its logits"
-    if type(head) is not nn.Linear:
-        return f"the output head of {name} is {type(head).__name__}, not nn.Linear"
-    draw = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, 2, head.in_features, generator=draw).to(head.weight.dtype)
-    logits = torch.randn(1, 2, head.out_features, generator=draw).to(head.weight.dtype)
-    given, made = hidden.clone(), logits.clone()
+def _after_head(
+    model: nn.Module, stock: Callable[..., Any], head: nn.Module, logits: Tensor, hidden: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """(what the model returns as its logits if its head makes `logits` (1, s, v), what it called its head with), where
+    its decoder gives `hidden`."""
+    if hidden is None:
+        hidden = torch.empty(*logits.shape[:-1], 1, dtype=logits.dtype, device="meta")
     inputs: list[Tensor] = []
 
     def stub_head(x: Tensor) -> Tensor:
         inputs.append(x)
-        return made
+        return logits
 
     def stub_decoder(*_: Any, **__: Any) -> _DecoderOutput:
-        return _DecoderOutput((given,))
+        return _DecoderOutput((hidden,))
 
     stubs: list[tuple[nn.Module, Callable[..., Any]]] = [(head, stub_head)]
     stubs += [(decoder, stub_decoder) for decoder in _decoders(model)]
-    try:
-        with _replaced_forwards(stubs):
-            forward = vars(model).get("_loqt_forward", model.forward)
-            output = forward(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
-    except Exception as error:  # whatever a model does with such a decoder
-        return f"{name} could not be tried ({type(error).__name__}: {error})"
-    if len(inputs) != 1 or not torch.equal(inputs[0], hidden):
-        return f"{name} does more than to hand its decoder's output to its head"
-    if getattr(output, "logits", None) is not made or not torch.equal(made, logits):
-        return f"{name} changes its logits after its head has made them (scales or caps them, say)"
-    return None
+    with _replaced_forwards(stubs):
+        tokens = torch.zeros(logits.shape[:-1], dtype=torch.long)
+        return stock(input_ids=tokens, use_cache=False).logits, inputs
 
 
 def _decoders(model: nn.Module) -> list[nn.Module]:
@@ -235,3 +221,42 @@ def _replaced_forwards(stubs: list[tuple[nn.Module, Callable[..., Any]]]) -> Ite
                 vars(module).pop("forward", None)
             else:
                 module.forward = forward
+
+
+def _try_model(model: nn.Module, stock: Callable[..., Any], head: nn.Module | None, kernels: str) -> HeadReport:
+    """How the loss of a model can be had. Its forward is run on the CPU without its decoder and head: does it hand what
+    the decoder gave to the head, once, and what does it make of what the head gave?"""
+    name = type(model).__name__
+
+    def whole(why: str) -> HeadReport:
+        return HeadReport(why, False, "torch")
+
+    if head is None:
+        return whole(f"{name} does not say which module makes its logits")
+    if type(head) is not nn.Linear:
+        return whole(f"the output head of {name} is {type(head).__name__}, not nn.Linear")
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 3, head.in_features, generator=draw).to(head.weight.dtype)
+    # Large ones too, so that a cap shows.
+    logits = torch.randn(1, 3, head.out_features, generator=draw).pow_(3).mul_(10).to(head.weight.dtype)
+    before, given = logits.clone(), hidden.clone()
+    try:
+        after, inputs = _after_head(model, stock, head, logits, hidden)
+        if len(inputs) != 1 or not torch.equal(inputs[0], given):
+            return whole(f"{name} does more than to hand what its decoder makes to its head")
+        if after is logits and torch.equal(after, before):
+            return HeadReport(None, False, kernels)
+        if not torch.equal(logits, before):
+            return whole(f"{name} changes in place what its head has made")
+        columns = (0, 1, head.out_features // 2, head.out_features - 1)
+        cuts = [(slice(None), slice(row, row + 1), slice(v, v + 1)) for row in (0, 2) for v in columns]
+        alone = [_after_head(model, stock, head, logits[cut])[0] for cut in cuts]
+    except Exception as error:  # whatever a model does with such a decoder
+        return whole(f"{name} could not be tried ({type(error).__name__}: {error})")
+    if (
+        after.requires_grad
+        or after.shape != logits.shape
+        or not all(map(torch.equal, alone, (after[cut] for cut in cuts)))
+    ):
+        return whole(f"{name} changes its logits after its head has made them, and not each by itself")
+    return HeadReport(None, True, "torch")
