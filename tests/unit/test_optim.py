@@ -181,7 +181,8 @@ def test_updates_in_pieces_are_those_of_the_whole(shape, name, master, piece, mo
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of the largest tensor of 4-byte numbers that is made, views of what there was before apart."""
+    """Bytes of the largest tensor of 4-byte numbers that is made, views of what there was before apart; a norm makes,
+    inside, a copy of its input."""
 
     def __init__(self, *before: Tensor) -> None:
         super().__init__()
@@ -190,6 +191,8 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.linalg_vector_norm.default:
+            self.largest = max(self.largest, 4 * args[0].numel())
         for made in result if isinstance(result, tuple | list) else [result]:
             if isinstance(made, Tensor) and made.element_size() >= 4:
                 storage = made.untyped_storage()
