@@ -74,7 +74,7 @@ def test_plot_draws_several_runs_with_losses_that_are_not_finite(tool: Any, tmp_
 
 
 def test_comparison_measures_the_jump_and_pairs_seeds(tool: Any, tmp_path: Path) -> None:
-    compare = tool("compare_optimizer_state")
+    compare = tool("compare_option")
     # the loss falls by 0.1 a step and jumps by 1 after the re-initialization at step 10; the first one is left out
     losses = {step: 9 - 0.1 * step + (step > 10) for step in range(1, 41)}
     events = [{"event": "reinit", "step": 1}, {"event": "reinit", "step": 10}, {"event": "eval", "step": 40, "loss": 5}]
@@ -86,12 +86,12 @@ def test_comparison_measures_the_jump_and_pairs_seeds(tool: Any, tmp_path: Path)
         return measured | {"validation_loss": loss}
 
     summary = compare.summarize({"keep": {"0": run(5.0), "1": run(6.0)}, "reset": {"0": run(5.1), "1": run(6.1)}})
-    assert summary["reset"]["minus_keep_mean"] == pytest.approx(0.1)
-    assert summary["reset"]["minus_keep_std"] == pytest.approx(0.0, abs=1e-9)
+    assert summary["reset"]["minus_first_mean"] == pytest.approx(0.1)
+    assert summary["reset"]["minus_first_std"] == pytest.approx(0.0, abs=1e-9)
     assert summary["keep"]["validation_loss_std"] == pytest.approx(math.sqrt(0.5))
 
 
-@pytest.mark.parametrize("name", ["compare_optimizer_state", "stories260k"])
+@pytest.mark.parametrize("name", ["compare_option", "stories260k"])
 def test_options_of_the_measurements_are_options_of_the_product(tool: Any, name: str) -> None:
     from loqt_ds.config import load_config
 

@@ -1,10 +1,12 @@
-"""What becomes of Adam's moments of B at a re-initialization: keep, reset or project? Measured, to set the default.
+"""What does an option do to the loss? Its values side by side, on the same data, over several seeds.
 
-    python tools/compare_optimizer_state.py --data ../shared/data --work /tmp/optimizer_state
+    python tools/compare_option.py loqt.optimizer_state keep project reset --data ../shared/data --work /tmp/state
+    python tools/compare_option.py optim.master fp32 bf16 train.dtype=bf16 --data ../shared/data --work /tmp/master
 
-For every seed the three train on the same data in the same order from the same weights with the same schedule; only
-`loqt.optimizer_state` differs. Runs go to --work, and those that are there already are not repeated; numbers and a plot
-go to benchmarks/results/optimizer_state. Options after `--` are overrides of all runs.
+For every seed all values train on the same data in the same order from the same weights with the same schedule; only
+the option differs. The first value is what the others are held against. Words with `=` are overrides of all runs. Runs
+go to --work, and those that are there already are not repeated; numbers and a plot go to
+benchmarks/results/<last part of the option's name>.
 """
 
 from __future__ import annotations
@@ -20,8 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-STATES = ("keep", "reset", "project")
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks/results/optimizer_state"
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks/results"
 NUM_STEPS_AROUND = 5  # the jump at a re-initialization: mean loss of that many steps after it less that before it
 
 # The 9M shape on Wikipedia text that is never seen twice, with ten initializations.
@@ -47,7 +48,7 @@ def train(directory: Path, options: Sequence[str]) -> None:
     # an empty recipe: everything that matters is on the command line
     recipe = directory.with_suffix(".yaml")
     recipe.parent.mkdir(parents=True, exist_ok=True)
-    recipe.write_text("name: optimizer_state\n")
+    recipe.write_text("name: compare_option\n")
     command = [sys.executable, "-m", "loqt_ds.train", "--config", str(recipe), f"output_dir={directory}", *options]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode:
@@ -76,24 +77,26 @@ def measure(directory: Path) -> dict[str, float]:
 
 
 def summarize(runs: dict[str, dict[str, dict[str, float]]]) -> dict[str, Any]:
-    """Mean and standard deviation over seeds of each state, and of its difference from `keep` at equal seed."""
+    """Mean and standard deviation over seeds of each value, and of its difference from the first at equal seed."""
     summary: dict[str, Any] = {}
-    for state, by_seed in runs.items():
+    first = next(iter(runs.values()))
+    for value, by_seed in runs.items():
         losses = [by_seed[seed]["validation_loss"] for seed in sorted(by_seed)]
-        against = [by_seed[s]["validation_loss"] - runs["keep"][s]["validation_loss"] for s in sorted(by_seed)]
-        summary[state] = {
+        against = [by_seed[seed]["validation_loss"] - first[seed]["validation_loss"] for seed in sorted(by_seed)]
+        summary[value] = {
             "validation_loss_mean": statistics.mean(losses),
             "validation_loss_std": statistics.stdev(losses) if len(losses) > 1 else 0.0,
-            "minus_keep_mean": statistics.mean(against),
-            "minus_keep_std": statistics.stdev(against) if len(against) > 1 else 0.0,
+            "minus_first_mean": statistics.mean(against),
+            "minus_first_std": statistics.stdev(against) if len(against) > 1 else 0.0,
             "mean_jump": statistics.mean([run["mean_jump"] for run in by_seed.values()]),
             "training_loss_last_25": statistics.mean([run["training_loss_last_25"] for run in by_seed.values()]),
         }
     return summary
 
 
-def plot(work: Path, seeds: Sequence[int], output: Path) -> None:
-    """Training loss of each state less that of `keep`, mean over seeds: the differences are small beside the curves."""
+def plot(work: Path, values: Sequence[str], seeds: Sequence[int], output: Path) -> None:
+    """Training loss of each value less that of the first, mean over seeds: the differences are small beside the
+    curves."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -102,14 +105,15 @@ def plot(work: Path, seeds: Sequence[int], output: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
     curves = {}
-    for state in STATES:
-        of_seeds = [read_metrics(work / f"{state}-{seed}") for seed in seeds]
-        curves[state] = np.mean([[float(x["loss"]) for x in run if "event" not in x] for run in of_seeds], axis=0)
-    steps = np.arange(1, len(curves["keep"]) + 1)
+    for value in values:
+        of_seeds = [read_metrics(work / f"{value}-{seed}") for seed in seeds]
+        curves[value] = np.mean([[float(x["loss"]) for x in run if "event" not in x] for run in of_seeds], axis=0)
+    first, *others = values
+    steps = np.arange(1, len(curves[first]) + 1)
     window = np.ones(7) / 7
-    for state in STATES[1:]:
-        difference = np.convolve(curves[state] - curves["keep"], window, mode="valid")
-        axes.plot(steps[3:-3], difference, label=f"{state} − keep (mean of 7 steps, {len(seeds)} seeds)")
+    for value in others:
+        difference = np.convolve(curves[value] - curves[first], window, mode="valid")
+        axes.plot(steps[3:-3], difference, label=f"{value} − {first} (mean of 7 steps, {len(seeds)} seeds)")
     for line in of_seeds[0]:
         if line.get("event") == "reinit":
             axes.axvline(line["step"], color="0.8", linewidth=0.9, zorder=0)
@@ -121,46 +125,57 @@ def plot(work: Path, seeds: Sequence[int], output: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("option", help="such as loqt.optimizer_state")
+    parser.add_argument("words", nargs="+", metavar="value", help="its values; words with = are overrides of all runs")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--work", type=Path, required=True, help="where the runs go")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, help="where the results go")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, with one thread each")
-    parser.add_argument("overrides", nargs="*")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
+    values = [word for word in options.words if "=" not in word]
+    overrides = [word for word in options.words if "=" in word]
+    if len(values) < 2:
+        parser.error(f"{options.option}: give two values or more, got {' '.join(values) or 'none'}")
     wiki = options.data.resolve() / "en/enwiki2014"
     shared = [
         *OPTIONS.split(),
         f"data.path={wiki}/enwiki2014_train_00.jsonl.gz",
         f"data.validation_path={wiki}/enwiki2014_valid.jsonl.gz",
-        *options.overrides,
+        *overrides,
     ]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with ThreadPoolExecutor(options.jobs) as pool:
         runs = [
             pool.submit(
                 train,
-                options.work.resolve() / f"{state}-{seed}",
-                [*shared, f"loqt.optimizer_state={state}", f"train.seed={seed}"],
+                options.work.resolve() / f"{value}-{seed}",
+                [*shared, f"{options.option}={value}", f"train.seed={seed}"],
             )
             for seed in options.seeds
-            for state in STATES
+            for value in values
         ]
         for run in runs:
             run.result()
-    measured = {s: {str(seed): measure(options.work / f"{s}-{seed}") for seed in options.seeds} for s in STATES}
+    measured = {v: {str(seed): measure(options.work / f"{v}-{seed}") for seed in options.seeds} for v in values}
     summary = summarize(measured)
-    options.output.mkdir(parents=True, exist_ok=True)
-    record = {"options": [*OPTIONS.split(), *options.overrides], "summary": summary, "runs": measured}
-    (options.output / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    plot(options.work, options.seeds, options.output / "plot.png")
-    print("| state | held-out loss (± over seeds) | less keep's, same seed | jump at re-initialization |")
+    output = options.output or RESULTS / options.option.rpartition(".")[2]
+    output.mkdir(parents=True, exist_ok=True)
+    record = {
+        "option": options.option,
+        "options": [*OPTIONS.split(), *overrides],
+        "summary": summary,
+        "runs": measured,
+    }
+    (output / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    plot(options.work, values, options.seeds, output / "plot.png")
+    print(f"| {options.option} | held-out loss (± over seeds) | less {values[0]}'s, same seed | jump at a merge |")
     print("|---|---|---|---|")
-    for state, row in summary.items():
+    for value, row in summary.items():
         print(
-            f"| {state} | {row['validation_loss_mean']:.4f} ± {row['validation_loss_std']:.4f} | "
-            f"{row['minus_keep_mean']:+.4f} ± {row['minus_keep_std']:.4f} | {row['mean_jump']:+.4f} |"
+            f"| {value} | {row['validation_loss_mean']:.4f} ± {row['validation_loss_std']:.4f} | "
+            f"{row['minus_first_mean']:+.4f} ± {row['minus_first_std']:.4f} | {row['mean_jump']:+.4f} |"
         )
     return 0
 
