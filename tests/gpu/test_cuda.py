@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from loqt_ds.core.cross_entropy import linear_cross_entropy
 from loqt_ds.core.quantization import QuantSpec, dequantize, quantize
+from loqt_ds.method.head import IGNORED, _liger_loss
 from loqt_ds.method.linear import LoQTLinear
 from loqt_ds.train import main
+
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, None], torch.Tensor]
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,6 +67,46 @@ def test_layer_is_a_dense_layer_with_the_effective_weight(shape: tuple[int, int]
     assert x.grad is not None and close(x.grad.flatten(0, 1), dy.double().flatten(0, 1) @ weight)
     assert layer.B.grad is not None and close(layer.B.grad, 0.5 * (dense @ p if side == "right" else p.t() @ dense))
     assert close(gathered[0], dense)
+
+
+def _with_gradients(loss: Loss, dtype: torch.dtype, drawn: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    hidden, weight = (drawn[name].to(dtype, copy=True).requires_grad_() for name in ("hidden", "weight"))
+    value = loss(hidden, weight, drawn["targets"], None)
+    return [value.detach(), *torch.autograd.grad(value / 600, (hidden, weight))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernels", ["torch", "liger"])
+def test_the_loss_in_blocks_is_nearly_that_of_float64(kernels: str, dtype: torch.dtype) -> None:
+    """Three blocks of torch's; nothing waits for the device."""
+    if kernels == "liger":
+        pytest.importorskip("liger_kernel")
+    drawn = {
+        "hidden": torch.randn(600, 64, device="cuda").to(dtype),
+        "weight": (torch.randn(32003, 64, device="cuda") / 3).to(dtype),
+        "targets": torch.randint(0, 32003, (600,), device="cuda"),
+    }
+    drawn["targets"][::7] = IGNORED
+
+    def stock(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, _: None) -> torch.Tensor:
+        logits = hidden @ weight.t()
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return nn.functional.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
+
+    def blocked(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, _: None) -> torch.Tensor:
+        return linear_cross_entropy(hidden, weight, targets)
+
+    exact, usual = (_with_gradients(stock, kind, drawn) for kind in (torch.float64, dtype))
+    if kernels == "torch":
+        _with_gradients(blocked, dtype, drawn)  # torch's own start-up waits
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        actual = _with_gradients(blocked if kernels == "torch" else _liger_loss, dtype, drawn)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for value, ours, wanted in zip(usual, actual, exact, strict=True):
+        error, of_stock = ((v.double() - wanted).norm() / wanted.norm() for v in (ours, value))
+        assert error <= 3 * of_stock + 1e-5
 
 
 def _losses(directory: Path) -> list[float]:
