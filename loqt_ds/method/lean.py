@@ -13,7 +13,9 @@ of the normalizations (see `recompute`), and the input of o shares the memory of
 
 `install` changes instances, not classes: a normalization is any module without children and buffers whose class calls
 itself one (RMSNorm or LayerNorm of whatever kind), a gated MLP is one whose `forward` is, in its source,
-`down(act(gate(x)) * up(x))`, whatever the four are called. Everything else is left as it is, and said.
+`down(act(gate(x)) * up(x))`, whatever the four are called, or Phi-3's with gate and up in one tensor. In other MLPs the
+activation keeps its input only, and what follows it computes its own input from that. Everything else is left as it is,
+and said.
 
 With kernels="liger" the same few tensors (and 4 bytes a normalization and token) are kept by Liger-Kernel's fused
 kernels where they cover the kind of module (RMSNorm as Llama or Gemma compute it, SiLU), and by the above elsewhere.
@@ -49,6 +51,8 @@ class LeanReport:
     """Normalizations that now keep their input only."""
     mlps: list[str] = field(default_factory=list)
     """Gated MLPs that now keep gate and up only."""
+    activations: list[str] = field(default_factory=list)
+    """Activations, in MLPs of other kinds, that now keep their input only."""
     fused: list[str] = field(default_factory=list)
     """Those of the above that Liger's kernels compute."""
     left: list[str] = field(default_factory=list)
@@ -57,6 +61,8 @@ class LeanReport:
     def describe(self) -> str:
         """One line for the start of a run."""
         text = f"lean activations: {len(self.norms)} normalizations, {len(self.mlps)} gated MLPs"
+        if self.activations:
+            text += f", {len(self.activations)} activations"
         if self.fused:
             text += f" ({len(self.fused)} of them by Liger's kernels)"
         if self.left:
@@ -80,27 +86,38 @@ def install(model: nn.Module, *, kernels: str = "torch") -> LeanReport:
     report = LeanReport()
     for name, module in model.named_modules():
         parts = _gated_parts(type(module).forward)
-        forward: Callable[..., Tensor] | None = None
+        forward: _Forward | None = None
         if _looks_like_norm(module):
             changed = report.norms
             if _is_plain_norm(module):
-                forward = (_LigerNormForward.of(module) if liger else None) or _NormForward(module)
+                forward = (_LigerNormForward.of(module) if liger else None) or _LeafForward(module)
         elif parts is not None:
             changed = report.mlps
-            if _is_plain_activation(module, parts):
+            if _is_plain_activation(getattr(module, parts.act)):
                 forward = (_LigerMlpForward.of(module, parts) if liger else None) or _MlpForward(module, parts)
         elif _MLP_NAME.search(type(module).__name__) and _has_linear(module):
-            changed = report.mlps
+            acts = {key: child for key, child in module.named_children() if _is_known_activation(child)}
+            found = [f"{name}.{key}" for key, child in acts.items() if _replace(child, _LeafForward(child))]
+            report.activations += found
+            report.left += [] if found else [name]
+            continue
         else:
             continue
-        if forward is None or not isinstance(vars(module).get("forward"), (*_FORWARDS, type(None))):
+        if forward is None or not _replace(module, forward):
             report.left.append(name)
             continue
-        module.forward = forward
         changed.append(name)
         if isinstance(forward, _LigerNormForward | _LigerMlpForward):
             report.fused.append(name)
     return report
+
+
+def _replace(module: nn.Module, forward: _Forward) -> bool:
+    """Gives an instance another forward, unless somebody else has."""
+    if not isinstance(vars(module).get("forward"), _Forward | None):
+        return False
+    module.forward = forward  # type: ignore[assignment]
+    return True
 
 
 def check_kernels(kernels: str, devices: Collection[torch.device]) -> None:
@@ -122,6 +139,32 @@ def check_kernels(kernels: str, devices: Collection[torch.device]) -> None:
         ) from error
 
 
+# ---- forwards -------------------------------------------------------------------------------------------------------
+
+# They are objects with the module inside, not methods: an instance that has them can be copied and pickled.
+# Dynamo breaks its graph at them, as at LoQT layers: it would trace the recipes away.
+
+
+@dataclass(eq=False)
+class _Forward:
+    """What `install` puts on instances."""
+
+    module: nn.Module
+
+
+@dataclass(eq=False)
+class _LeafForward(_Forward):
+    """The forward of a normalization or an activation that keeps its inputs only."""
+
+    @torch.compiler.disable
+    def __call__(self, *inputs: Any, **options: Any) -> Tensor:
+        function = type(self.module).forward
+        plain = not options and all(isinstance(value, Tensor) and value.is_floating_point() for value in inputs)
+        if not (torch.is_grad_enabled() and plain):
+            return function(self.module, *inputs, **options)
+        return recomputed(function, self.module, *inputs)
+
+
 # ---- normalizations -------------------------------------------------------------------------------------------------
 
 
@@ -134,25 +177,6 @@ def _is_plain_norm(module: nn.Module) -> bool:
     return not isinstance(module, nn.modules.batchnorm._NormBase) and not any(True for _ in module.buffers())
 
 
-# The forwards are objects with the module inside, not methods: an instance that has them can be copied and pickled.
-# Dynamo breaks its graph at them, as at LoQT layers: it would trace the recipes away.
-
-
-@dataclass(eq=False)
-class _NormForward:
-    """The forward of a normalization that keeps its inputs only."""
-
-    module: nn.Module
-
-    @torch.compiler.disable
-    def __call__(self, *inputs: Any, **options: Any) -> Tensor:
-        function = type(self.module).forward
-        plain = not options and all(isinstance(value, Tensor) and value.is_floating_point() for value in inputs)
-        if not (torch.is_grad_enabled() and plain):
-            return function(self.module, *inputs, **options)
-        return recomputed(function, self.module, *inputs)
-
-
 # ---- gated MLPs -----------------------------------------------------------------------------------------------------
 
 
@@ -162,13 +186,28 @@ class _Gated:
 
     act: str
     gate: str
-    up: str
+    up: str | None
+    """None: the output of `gate` has both in it, gate first."""
     down: str
+
+    def activation(self, module: nn.Module) -> nn.Module:
+        """The activation; a plain function in the form of a module."""
+        act = getattr(module, self.act)
+        return act if isinstance(act, nn.Module) else _Function(act)
+
+    def operands(self, module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+        """Gate and up, or the one tensor that has both in it."""
+        gate = getattr(module, self.gate)(x)
+        return (gate,) if self.up is None else (gate, getattr(module, self.up)(x))
 
 
 @cache
 def _gated_parts(forward: Callable[..., Any]) -> _Gated | None:
     """The parts of a gated MLP, read from the source of its forward; None where it is something else."""
+    from transformers.models.phi3.modeling_phi3 import Phi3MLP
+
+    if _same_source(forward, Phi3MLP.forward):
+        return _Gated("activation_fn", "gate_up_proj", None, "down_proj")
     function = _source(forward)
     if function is None or len(function.args.args) != 2:
         return None
@@ -207,21 +246,34 @@ def _call_of(node: ast.expr | None, me: str) -> tuple[str | None, ast.expr | Non
     return None, None
 
 
-def _is_plain_activation(module: nn.Module, gated: _Gated) -> bool:
-    """Whether the activation is a function of its input and its own parameters."""
-    act = getattr(module, gated.act)
+def _is_plain_activation(act: Any) -> bool:
+    """Whether it is a function of its input and its own parameters, and leaves the input as it is."""
     if not isinstance(act, nn.Module):
         return callable(act)
-    random = isinstance(act, nn.RReLU | nn.modules.dropout._DropoutNd)
-    return not random and not any(True for _ in act.children()) and not any(True for _ in act.buffers())
+    if isinstance(act, nn.RReLU | nn.modules.dropout._DropoutNd) or getattr(act, "inplace", False):
+        return False
+    return not any(True for _ in act.children()) and not any(True for _ in act.buffers())
+
+
+def _is_known_activation(module: nn.Module) -> bool:
+    """Whether it is an activation at all, of torch or transformers, and plain."""
+    known = type(module).__module__ in ("torch.nn.modules.activation", "transformers.activations")
+    return known and _is_plain_activation(module)
 
 
 def _has_linear(module: nn.Module) -> bool:
-    return any("Linear" in type(child).__name__ for child in module.children())
+    return any(re.search("Linear|Conv1D", type(child).__name__) for child in module.children())
 
 
-def _act_times_up(act: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
-    return type(act).forward(act, gate) * up
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
+def _act_times_up(act: nn.Module, gate: Tensor, up: Tensor | None = None) -> Tensor:
+    if up is None:
+        gate, up = gate.chunk(2, dim=-1)
+    return act(gate) * up
 
 
 class _Function(nn.Module):
@@ -236,21 +288,17 @@ class _Function(nn.Module):
 
 
 @dataclass(eq=False)
-class _MlpForward:
+class _MlpForward(_Forward):
     """The forward of a gated MLP that keeps gate and up only."""
 
-    module: nn.Module
     parts: _Gated
 
     @torch.compiler.disable
     def __call__(self, x: Tensor) -> Tensor:
-        act = getattr(self.module, self.parts.act)
-        gate, up = getattr(self.module, self.parts.gate)(x), getattr(self.module, self.parts.up)(x)
-        if not isinstance(act, nn.Module):
-            act = _Function(act)
-        hooked = act._forward_hooks or act._forward_pre_hooks or act._backward_hooks or act._backward_pre_hooks
-        lean = torch.is_grad_enabled() and not hooked  # hooks are called once, by the module itself
-        product = recomputed(_act_times_up, act, gate, up) if lean else act(gate) * up
+        act = self.parts.activation(self.module)
+        operands = self.parts.operands(self.module, x)
+        lean = torch.is_grad_enabled() and not _has_hooks(act)  # a second computation would call them again
+        product = recomputed(_act_times_up, act, *operands) if lean else _act_times_up(act, *operands)
         return getattr(self.module, self.parts.down)(product)
 
 
@@ -270,22 +318,20 @@ def _source(function: Callable[..., Any]) -> ast.FunctionDef | None:
     return node
 
 
-def _same_source(kind: type, other: type, method: str) -> bool:
-    """Whether two classes have the same statements in a method; layout, comments and annotations do not count."""
-    one, two = (_source(getattr(k, method)) if hasattr(k, method) else None for k in (kind, other))
-    if one is None or two is None or [a.arg for a in one.args.args] != [a.arg for a in two.args.args]:
-        return False
-    return [ast.dump(statement) for statement in one.body] == [ast.dump(statement) for statement in two.body]
+def _same_source(one: Callable[..., Any] | None, other: Callable[..., Any]) -> bool:
+    """Whether two functions have the same statements; layout, comments and annotations of arguments do not count."""
+    nodes = [_source(function) for function in (one, other) if function is not None]
+    forms = [node and ([a.arg for a in node.args.args], [ast.dump(part) for part in node.body]) for node in nodes]
+    return len(forms) == 2 and forms[0] is not None and forms[0] == forms[1]
 
 
 # ---- Liger-Kernel ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
-class _LigerNormForward:
+class _LigerNormForward(_Forward):
     """The forward of an RMSNorm by Liger's kernel, which keeps its input and 4 bytes a row."""
 
-    module: nn.Module
     eps: str
     """Name of the attribute."""
     offset: float
@@ -300,9 +346,10 @@ class _LigerNormForward:
         from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
         kind = type(module)
-        if _same_source(kind, LlamaRMSNorm, "forward"):
+        if _same_source(kind.forward, LlamaRMSNorm.forward):
             return cls(module, "variance_epsilon", 0.0, "llama")
-        if _same_source(kind, GemmaRMSNorm, "forward") and _same_source(kind, GemmaRMSNorm, "_norm"):
+        helper = getattr(kind, "_norm", None)
+        if _same_source(kind.forward, GemmaRMSNorm.forward) and _same_source(helper, GemmaRMSNorm._norm):
             return cls(module, "eps", 1.0, "gemma")
         return None
 
@@ -324,29 +371,29 @@ class _LigerNormForward:
 
 
 @dataclass(eq=False)
-class _LigerMlpForward:
+class _LigerMlpForward(_Forward):
     """The forward of a gated MLP by Liger's kernel, which keeps gate and up. Its backward writes their gradients over
     them, so that a graph can be gone through once."""
 
-    module: nn.Module
     parts: _Gated
 
     @classmethod
     def of(cls, module: nn.Module, parts: _Gated) -> _LigerMlpForward | None:
-        """None for activations other than SiLU."""
+        """None for activations other than SiLU, and for gate and up in one tensor."""
         from transformers.activations import SiLUActivation
 
         act = getattr(module, parts.act)
         is_silu = type(act) in (nn.SiLU, SiLUActivation) or act is nn.functional.silu
-        return cls(module, parts) if is_silu else None
+        return cls(module, parts) if is_silu and parts.up is not None else None
 
     @torch.compiler.disable
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up = getattr(self.module, self.parts.gate)(x), getattr(self.module, self.parts.up)(x)
-        product = self._compute(self.module, gate, up)
-        if torch.is_grad_enabled():
+        act = self.parts.activation(self.module)
+        operands = self.parts.operands(self.module, x)
+        product = _act_times_up(act, *operands) if _has_hooks(act) else self._compute(self.module, *operands)
+        if torch.is_grad_enabled() and not _has_hooks(act):
             computation = Computation(self._compute, self.module, (), Autocast.now(x.device.type))
-            attach_recipe(product, computation, (gate, up))
+            attach_recipe(product, computation, operands)
         return getattr(self.module, self.parts.down)(product)
 
     @staticmethod
@@ -354,6 +401,3 @@ class _LigerMlpForward:
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
         return LigerSiLUMulFunction.apply(gate, up)
-
-
-_FORWARDS = (_NormForward, _MlpForward, _LigerNormForward, _LigerMlpForward)

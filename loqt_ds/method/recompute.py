@@ -122,8 +122,18 @@ class _Recomputed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[1:]
+        try:
+            saved = ctx.saved_tensors
+        except RuntimeError as error:
+            if "inplace" not in str(error):
+                raise
+            kind = type(ctx.computation.module).__name__
+            raise RuntimeError(
+                f"the model changes the input of a {kind} in place, which is kept for the backward; a model that does "
+                f"so needs train.lean_activations=false ({error})"
+            ) from error
         with torch.enable_grad():
-            tensors = [t.detach().requires_grad_(w) for t, w in zip(ctx.saved_tensors, wanted, strict=True)]
+            tensors = [t.detach().requires_grad_(w) for t, w in zip(saved, wanted, strict=True)]
             output = ctx.computation(*tensors)
         leaves = [t for t in tensors if t.requires_grad]
         gradients = iter(torch.autograd.grad(output, leaves, grad_output, allow_unused=True))

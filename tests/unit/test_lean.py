@@ -124,6 +124,21 @@ def test_stock_modules_keep_more():
     assert 0 <= per_token - (20 * h + 8 * i + 12 * RANK + 4 * heads) <= 8
 
 
+def test_other_mlps_keep_the_input_of_their_activation():
+    # GPT-NeoX has LayerNorms, biases, an MLP of two matrices, and both branches start from one residual stream.
+    h, i, heads = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["num_attention_heads"]
+    ids = token_batch(0, rows=3, length=16)
+    kept = []
+    for num_layers in (1, 3):
+        model = make_model("gpt_neox", dtype=torch.bfloat16, tapped=True, num_hidden_layers=num_layers)
+        assert lean.install(model).activations == [f"gpt_neox.layers.{n}.mlp.act" for n in range(num_layers)]
+        kept.append(kept_bytes(model, lambda m=model: m.gpt_neox(input_ids=ids, use_cache=False)[0])[0])
+    # The one input of both norms; q, k, the output of qkv for v, attention's output; the input of the activation;
+    # x P of qkv, dense and h_to_4h; the masks, of one byte, of two dropouts with probability 0.
+    per_token = (kept[1] - kept[0]) / 2 / ids.numel()
+    assert per_token == 2 * (h + 6 * h + i + 3 * RANK) + 4 * heads + 2 * h
+
+
 # ---------------------------------------------------------------- gradients
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -135,6 +150,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "olmo": {},
     "olmo2": {},
     "cohere": {},
+    "phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
+    "phi": {},
     "gpt_neox": {},
 }
 
@@ -148,8 +165,10 @@ def test_a_model_computes_what_it_computes_without(kind, dtype):
         model = make_model(kind, dtype=dtype, tapped=True, **KINDS[kind])
         if installs:
             report = lean.install(model)
-            assert report.norms and bool(report.mlps) == (kind != "gpt_neox")
-            assert report.left == ([] if report.mlps else [f"gpt_neox.layers.{n}.mlp" for n in range(2)])
+            gated = kind not in ("phi", "gpt_neox")
+            assert report.norms and report.left == []
+            assert len(report.mlps if gated else report.activations) == 2
+            assert not (report.activations if gated else report.mlps)
         loss = lm_loss(model, ids)
         loss.backward()
         results.append((loss.detach(), gradients(model)))
@@ -324,7 +343,7 @@ def test_an_input_that_changes_after_the_normalization_is_no_recipe_any_more():
     with torch.no_grad():
         recipe_of(y).tensors[0].add_(1.0)
     assert recipe_of(y) is None
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="input of a LlamaRMSNorm in place.*needs train.lean_activations=false"):
         y.sum().backward()
 
 
@@ -400,15 +419,25 @@ class Multiplied(LlamaMLP):
         return down * 2
 
 
+class Functional(LlamaMLP):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        del self.act_fn
+
+    def forward(self, x):
+        return self.down_proj(nn.functional.gelu(self.up_proj(x)))
+
+
 def test_which_mlps_are_known():
     config = AutoConfig.for_model("llama", **SHAPE)
-    kinds = [LlamaMLP, Swapped, Ungated, OtherInput, Multiplied]
+    kinds = [LlamaMLP, Swapped, Ungated, OtherInput, Multiplied, Functional]
     model = nn.ModuleDict({f"{kind.__name__}Mlp": kind(config) for kind in kinds})
     for module in model.values():  # names that look like an MLP, so that what is left is said
         type(module).__name__ = f"{type(module).__name__}MLP"
     report = lean.install(model)
     assert report.mlps == ["LlamaMLPMlp", "SwappedMlp"]
-    assert report.left == ["UngatedMlp", "OtherInputMlp", "MultipliedMlp"]
+    assert report.activations == ["UngatedMlp.act_fn", "OtherInputMlp.act_fn", "MultipliedMlp.act_fn"]
+    assert report.left == ["FunctionalMlp"]
     for kind, module in zip(kinds, model.values(), strict=True):
         x = torch.randn(3, 64)
         assert torch.equal(module(x), kind.forward(module, x))
@@ -425,21 +454,22 @@ def test_what_draws_counts_or_is_changed_already_is_left():
             return x
 
     config = AutoConfig.for_model("llama", **SHAPE)
-    random, patched = LlamaMLP(config), LlamaRMSNorm(8)
-    random.act_fn = nn.RReLU()
+    random, inplace, patched = LlamaMLP(config), LlamaMLP(config), LlamaRMSNorm(8)
+    random.act_fn, inplace.act_fn = nn.RReLU(), nn.SiLU(inplace=True)
     patched.forward = lambda x: x
     model = nn.ModuleDict(
         {
             "count": NormWithCount(),
             "batch": nn.BatchNorm1d(8),
             "random": random,
+            "inplace": inplace,
             "patched": patched,
             "ok": nn.RMSNorm(8),
         }
     )
     report = lean.install(model)
-    assert report.left == ["count", "batch", "random", "patched"] and report.norms == ["ok"]
-    assert "4 modules of other kinds" in report.describe() and "count, batch, random, ..." in report.describe()
+    assert report.left == ["count", "batch", "random", "inplace", "patched"] and report.norms == ["ok"]
+    assert "5 modules of other kinds" in report.describe() and "count, batch, random, ..." in report.describe()
 
 
 def test_hooks_on_an_activation_are_called_once():
