@@ -33,6 +33,7 @@ from loqt_ds.method import head, lean
 from loqt_ds.method.conversion import build_meta, loqt_layers
 from loqt_ds.method.description import model_description, training_dtype
 from loqt_ds.method.linear import LoQTLinear
+from loqt_ds.optim import UPDATE_PIECE
 
 GIB = 2**30
 CONTEXT_BYTES = GIB  # a CUDA context and what the allocator keeps to itself; on a CPU, interpreter and libraries
@@ -54,6 +55,7 @@ LABELS = {
     "tapped_inputs": "inputs kept for a re-initialization",
     "loss": "a block of logits, and the loss",
     "dequantized": "one dequantized matrix",
+    "recomputed_block": "activations of one block, computed again",
     "block_workspace": "backward of one block",
     "update_workspace": "update of one parameter",
     "reinit_gathered": "gradients or sketches gathered",
@@ -261,7 +263,7 @@ def plan(
     weights_w, projections_p = packed_bytes(model)
     packed = {id(buffer) for layer in layers for buffer in layer.buffers()}
     changed = facts.lean if config.train.lean_activations else frozenset()
-    activations, tapped = activation_bytes(config, model, description, dtype, lean=changed)
+    activations, tapped, block = activation_bytes(config, model, description, dtype, lean=changed)
     gathered = [gathered_bytes(layer, config) for layer in layers]
     one_process = zero is None or zero.world_size == 1
     # One process finds the P of a layer inside the layer's own backward.
@@ -287,6 +289,7 @@ def plan(
         "tapped_inputs": tapped,
         "loss": loss_bytes(config, description, dtype, whole_logits=facts.whole_logits),
         "dequantized": _dequantized_bytes(config, facts),
+        "recomputed_block": block,
         "block_workspace": block_workspace_bytes(config, description, dtype),
         "update_workspace": update_bytes(trained, config),
         "reinit_gathered": max(gathered) if one_at_a_time else sum(gathered),
@@ -306,8 +309,18 @@ def plan(
         num_adapted=sum(layer.in_features * layer.out_features for layer in layers),
         num_trained=sum(parameter.numel() for parameter in trained),
         num_tokens=config.train.micro_batch_size * config.data.sequence_length,
-        notes=list(facts.notes),
+        notes=facts.notes + _notes(config),
     )
+
+
+def _notes(config: Config) -> list[str]:
+    steps = config.train.gradient_accumulation_steps
+    if not config.optim.layerwise or steps == 1:
+        return []
+    return [
+        f"optim.layerwise with train.gradient_accumulation_steps={steps} keeps a gradient of every parameter between "
+        "micro-batches"
+    ]
 
 
 def _dequantized_bytes(config: Config, facts: Facts) -> int:
@@ -358,8 +371,9 @@ def _divide(entries: dict[str, int], config: Config, facts: Facts, zero: Zero) -
     if zero.stage:
         entries["masters"] = num * (4 if _has_masters(config) else 2) // zero.parts
         entries["moments"] = moment_bytes(num, optimizer=config.optim.name) // zero.parts
-        # Of one partition: its gradient in float32, and Adam's denominator; of bf16 masters also the value.
-        entries["update_workspace"] = num * (8 if _has_masters(config) else 12) // zero.parts
+        # Of one partition: its gradient in float32, and Adam's denominator; bf16 masters are updated in pieces.
+        partition = num // zero.parts
+        entries["update_workspace"] = 8 * partition if _has_masters(config) else 12 * min(partition, UPDATE_PIECE)
     if zero.stage == 2:
         entries["gradients"] = facts.dtype.itemsize * sum(_touched(group, zero.parts) for group in _by_group(facts))
     entries["buckets"] = facts.dtype.itemsize * zero.bucket_elements
@@ -375,22 +389,30 @@ def _phases(config: Config, zero: Zero | None) -> dict[str, tuple[str, ...]]:
     one_process = zero is None or zero.world_size == 1
     always = (*STAYS, "context", "dequantized")
     kept = ("gradients",) if steps > 1 else ()  # while a backward begins
-    backward = (*always, "activations", "new_gradient", *kept, "buckets")
+    summed = ("reinit_gathered",) if steps > 1 else ()
+    backward = (*always, "activations", "recomputed_block", "block_workspace", "new_gradient", *kept, "buckets")
     phases = {
         "start": (*_MODEL, "context", "start_workspace"),
         "step: the loss": (*always, "activations", "loss", "new_gradient", *kept),
-        "step: the first block's backward": (*backward, "block_workspace"),
+        "step: the first block's backward": backward,
         "step: the last block's backward": (*always, "gradients", "new_gradient", "buckets"),
         "step: the update": (*always, "gradients", "update_workspace"),
-        "re-initialization: the loss": (*always, "activations", "tapped_inputs", "loss", "new_gradient", *kept),
+        "re-initialization: the loss": (
+            *(*always, "activations", "tapped_inputs", "loss", "new_gradient", *kept),
+            *summed,
+        ),
     }
-    if layerwise:
-        phases["step: the update"] = (*always, "activations", "new_gradient", *kept, "update_workspace")
+    if layerwise:  # of the head first, while all activations are there
+        update = (*always, "activations", "new_gradient", *kept, "update_workspace")
+        phases["step: the update"] = update
+        phases["re-initialization: the update"] = (*update, "tapped_inputs", *summed)
     tapped = (*backward, "tapped_inputs", "reinit_gathered")
     if one_process and layerwise:
         phases["re-initialization: the first block's backward"] = (*tapped, "reinit_decompose")
-        rebuild = (*always, "activations", "tapped_inputs", *kept, "reinit_rebuild")
-        phases["re-initialization: a layer"] = (*rebuild, "reinit_gathered") if steps > 1 else rebuild
+        phases["re-initialization: a layer"] = (
+            *(*always, "activations", "recomputed_block", "tapped_inputs", *kept, "reinit_rebuild"),
+            *summed,
+        )
     elif one_process:
         phases["re-initialization: the first block's backward"] = (*tapped, "reinit_decompose")
         phases["re-initialization: the last block's backward"] = (

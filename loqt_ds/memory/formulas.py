@@ -136,10 +136,10 @@ def _linear_bytes(model: nn.Module, e: int, *, lean: frozenset[str], eager: bool
 
 def activation_bytes(
     config: Config, model: nn.Module, description: Any, dtype: torch.dtype, *, lean: frozenset[str]
-) -> tuple[int, int]:
-    """Kept between forward and backward of one micro-batch, what the loss holds apart: (in an ordinary step, and how
-    much more in a re-initialization's, where layers keep their inputs for the gradient of W). `lean`: names of the
-    norms and gated MLPs that `method.lean` changes."""
+) -> tuple[int, int, int]:
+    """What is kept between forward and backward of one micro-batch, how much more in a re-initialization's (where
+    layers keep their inputs for the gradient of W), and what of one block is computed again at a time (under activation
+    checkpointing). `lean`: names of the norms and gated MLPs that `method.lean` changes."""
     width, e = widths(description), dtype.itemsize
     sequence, eager = config.data.sequence_length, config.model.attention == "eager"
     if eager:
@@ -150,21 +150,21 @@ def activation_bytes(
     activated = e * width.intermediate * (1 if not gated else 2 if gated <= lean else 3)
     linears, tapped = _linear_bytes(model, e, lean=lean, eager=eager)
     blocks = _norm_bytes(model, width, e, lean=lean) + width.num_layers * (attended + activated) + linears
+    if config.model.kernels == "liger":
+        blocks += 4 * sum(_is_norm(module) for module in model.modules())  # Liger keeps the root of the mean square
     tokens = config.train.micro_batch_size * sequence
-    if config.train.activation_checkpointing:  # the inputs of all blocks, and one block's activations at a time
-        kept = width.num_layers * e * width.hidden + blocks // width.num_layers
-        tapped //= width.num_layers
-    else:
-        kept = blocks
-    return tokens * (kept + e * width.hidden), tokens * tapped  # with the head's input
+    of_loss = e * width.hidden + 4  # its input, and a log-sum-exp
+    if config.train.activation_checkpointing:
+        one_block = (blocks + tapped) // width.num_layers
+        return tokens * (width.num_layers * e * width.hidden + of_loss), 0, tokens * one_block
+    return tokens * (blocks + of_loss), tokens * tapped, 0
 
 
 def block_workspace_bytes(config: Config, description: Any, dtype: torch.dtype) -> int:
     """What the backward of one block makes besides: gradients of gate, up and their product, the product and its
-    activation computed again; gradients of the residual stream and of a norm's input."""
-    width = widths(description)
+    activation computed again. (Gradients of the residual stream take the place of the head's input.)"""
     tokens = config.train.micro_batch_size * config.data.sequence_length
-    return tokens * dtype.itemsize * (5 * width.intermediate + 3 * width.hidden)
+    return 5 * tokens * dtype.itemsize * widths(description).intermediate
 
 
 def loss_bytes(config: Config, description: Any, dtype: torch.dtype, *, whole_logits: bool) -> int:
@@ -202,19 +202,22 @@ def gathered_bytes(layer: LoQTLinear, config: Config) -> int:
 
 
 def decompose_bytes(layer: LoQTLinear, config: Config) -> int:
-    """Temporaries of finding one layer's P, in float32.
+    """Temporaries of gathering for one layer or of finding its P, in float32.
 
     For gram the (k, k) matrix, its eigenvectors and workspace in float64; for the sketch S, its QR, the small matrices
-    in float64 and P, or in the tap Ω, its QR and Q; for exact the left and right factors and LAPACK's copy.
+    in float64 and P, or in the tap Ω, its QR and Q; for exact the left and right factors and LAPACK's copy. Before, for
+    gram and exact, copies in float32 of what the gradient is the product of.
     """
     (k, rank), length = layer.basis_shape, layer.factor_length
     method = subspace_method(layer, config.loqt.subspace)
+    tokens = config.train.micro_batch_size * config.data.sequence_length
+    copies = 4 * tokens * (k + length) if training_dtype(config) != torch.float32 else 0
     if method == "sketch":
         columns = sketch_columns(layer, config.loqt.sketch_oversampling)
         return max(4 * (2 * k * columns + k * rank) + 3 * 8 * columns**2, 4 * 3 * length * columns)
     if method == "gram":
-        return 8 * 3 * k * k + 4 * k * rank
-    return 4 * (2 * k * length + k * k)
+        return max(8 * 3 * k * k + 4 * k * rank, copies)
+    return max(4 * (2 * k * length + k * k), copies)
 
 
 def rebuild_bytes(layer: LoQTLinear) -> int:
