@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import LlamaConfig
 
 from loqt_ds.checkpoint import load_checkpoint, save_checkpoint
@@ -137,6 +139,32 @@ def factors(engine: Any) -> dict[str, Tensor]:
     """B of each layer in the precision of its master, canonical (l, r)."""
     controller = engine.controller
     return {name: layer.canonical(controller.store.read(name)) for name, layer in controller.layers.items()}
+
+
+# ---------------------------------------------------------------- memory
+
+
+class LiveBytes(TorchDispatchMode):
+    """Peak of the bytes of all storages that operations make, and that are alive; `given` are those made before."""
+
+    def __init__(self, *given: Tensor) -> None:
+        super().__init__()
+        self.peak, self.largest, self._sizes = 0, 0, WeakIdKeyDictionary()
+        self._given = {tensor.untyped_storage().data_ptr() for tensor in given}
+
+    @property
+    def now(self) -> int:
+        return sum(self._sizes.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor) and not tensor.is_meta:
+                storage = tensor.untyped_storage()
+                self._sizes[storage] = 0 if storage.data_ptr() in self._given else storage.nbytes()
+                self.largest = max(self.largest, self._sizes[storage])
+        self.peak = max(self.peak, self.now)
+        return result
 
 
 # ---------------------------------------------------------------- ranks that are threads

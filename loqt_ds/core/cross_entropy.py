@@ -26,11 +26,11 @@ from torch.autograd.function import once_differentiable
 
 BLOCK_ELEMENTS = 2**23
 """Logits alive at a time: 32 MiB in float32. Larger blocks are slower on a CPU; a GPU wants products of some size."""
-Transform = Callable[[Tensor], Tensor]
-"""What a model does to every logit by itself: (rows, columns) -> (rows, columns), differentiable."""
-
 MAX_ROWS = 8192
 """Tokens of a block; more would leave so few columns that products became slow."""
+
+Transform = Callable[[Tensor], Tensor]
+"""What a model does to every logit by itself: (rows, columns) -> (rows, columns), differentiable."""
 
 
 def linear_cross_entropy(
@@ -93,7 +93,7 @@ def workspace_bytes(
 
 
 def _block_shape(num_rows: int, num_columns: int) -> tuple[int, int]:
-    """Tokens and vocabulary entries of a block, both multiples of 64 where there are more."""
+    """Tokens and vocabulary entries of a block, the latter a multiple of 64 unless there are fewer."""
     rows = min(num_rows, MAX_ROWS)
     columns = max(64, BLOCK_ELEMENTS // max(1, rows) // 64 * 64)
     return rows, min(columns, num_columns)

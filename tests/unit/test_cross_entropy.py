@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from helpers import relative
+from helpers import LiveBytes, relative
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from loqt_ds.core import cross_entropy
 from loqt_ds.core.cross_entropy import linear_cross_entropy, workspace_bytes
@@ -207,29 +204,6 @@ def test_it_can_be_differentiated_once() -> None:
 
 
 # ---------------------------------------------------------------- memory
-
-
-class LiveBytes(TorchDispatchMode):
-    """Peak of the bytes of all storages that operations make, and that are alive; `given` are those made before."""
-
-    def __init__(self, *given: Tensor) -> None:
-        super().__init__()
-        self.peak, self.largest, self._sizes = 0, 0, WeakIdKeyDictionary()
-        self._given = {tensor.untyped_storage().data_ptr() for tensor in given}
-
-    @property
-    def now(self) -> int:
-        return sum(self._sizes.values())
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor) and not tensor.is_meta:
-                storage = tensor.untyped_storage()
-                self._sizes[storage] = 0 if storage.data_ptr() in self._given else storage.nbytes()
-                self.largest = max(self.largest, self._sizes[storage])
-        self.peak = max(self.peak, self.now)
-        return result
 
 
 def capped(logits: Tensor) -> Tensor:

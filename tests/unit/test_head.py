@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import VOCAB, llama_config, make_config, make_engine, relative, token_batch
-from test_cross_entropy import LiveBytes
+from helpers import VOCAB, LiveBytes, llama_config, make_config, make_engine, relative, token_batch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
