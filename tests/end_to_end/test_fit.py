@@ -1,0 +1,82 @@
+"""tools/fit.py on a small shape: what it counts, that it goes on where it stopped, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY, RANK = 72, 200, 3, 331, 10
+
+
+@pytest.fixture(scope="module")
+def shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    content = {"model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS}
+    content |= {"intermediate_size": INTERMEDIATE, "num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 12}
+    file = tmp_path_factory.mktemp("shape") / "tiny.json"
+    file.write_text(json.dumps(content | {"max_position_embeddings": 512, "tie_word_embeddings": False}))
+    return file
+
+
+def fit(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / "tools/fit.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_cells_are_measured_once_and_count_what_there_is(shape: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+    command = ["--shape", shape, "--rank", RANK, "--tokens", 37, 512, "--work", tmp_path]
+    first = fit(*command, "--minutes", 0)  # one cell, however long it takes
+    assert first.returncode == 1 and "goes on" in first.stdout, first.stderr
+    files = [tmp_path / f"tiny_r{RANK}_t{tokens}_cpu.json" for tokens in (37, 512)]
+    assert files[0].is_file() and not files[1].exists()
+    measured_at = os.stat(files[0]).st_mtime_ns
+    second = fit(*command)
+    assert second.returncode == 0, second.stderr
+    assert os.stat(files[0]).st_mtime_ns == measured_at, "what is there is not measured again"
+    assert "| tiny r10 cpu | 512 |" in second.stdout and (tmp_path / "memory.png").is_file()
+    for file in files:
+        record = json.loads(file.read_text())
+        kinds = [step["kind"] for step in record["steps"]]
+        assert kinds == ["reinit", "ordinary", "reinit", "ordinary"]
+        losses = [step["loss"] for step in record["steps"]]
+        assert losses[-1] < losses[0] and abs(losses[0] - torch.tensor(VOCABULARY).log()) < 0.5
+        assert all(layer["num_kept"] == 0 for step in record["steps"] if (layer := step["reinit"]))
+        # By hand: four square matrices and three of the MLP in each layer, a row for each token, norms.
+        adapted = LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE)
+        factors = LAYERS * RANK * (4 * HIDDEN + 3 * INTERMEDIATE)
+        full = 2 * VOCABULARY * HIDDEN + (2 * LAYERS + 1) * HIDDEN
+        counted = record["components"]
+        assert counted["factors_b"] == 2 * factors and counted["full_rank_parameters"] == 2 * full
+        assert counted["masters"] == 0
+        assert 0.5 * adapted < counted["weights_w"] < 0.53 * adapted
+        planned = record["planned"]
+        assert counted == {name: planned["entries"][name] for name in counted}, "what stays is planned exactly"
+        assert set(record["peaks"]) == {"start", "ordinary", "reinit"}
+        assert record["peaks"]["reinit"]["resident"] > sum(counted.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "7b", "--tokens", "300"], "--tokens 300"),
+        (["--rank", "8"], "--shape"),
+        (["--shape", "llama_9m", "--rank", "4000"], "loqt.rank=4000"),
+        (["--shape", "nothing_like_it"], "nothing_like_it"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments: list[str], message: str, tmp_path: Path) -> None:
+    finished = fit(*arguments, "--work", tmp_path)
+    assert finished.returncode == 2 and message in finished.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_is_refused_where_there_is_none(tmp_path: Path) -> None:
+    finished = fit("--cuda", "--cap-gib", "23.6", "--work", tmp_path)
+    assert finished.returncode == 2 and "--cuda" in finished.stderr
