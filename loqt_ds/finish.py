@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from loqt_ds.data import Tokenizer
 from loqt_ds.evaluation import Evaluation, evaluate
 from loqt_ds.export import export_model, load_export
+from loqt_ds.memory import plan
 from loqt_ds.run import Run
 
 Say = Callable[[str], None]
@@ -56,6 +57,22 @@ def finish(run: Run, trained: Evaluation, finished: Finished, *, say: Say) -> No
     _say_onward(run, say)
 
 
+def make_room(network: nn.Module, device: torch.device, num_bytes: int, *, say: Say) -> None:
+    """Moves the trained network to the host where the card has no room for `num_bytes` beside it: a card that training
+    fills as planned would otherwise run out of memory after the last step. The export is then made on the host."""
+    if device.type != "cuda":
+        return
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if num_bytes > free:
+        say(
+            f"{device} has no room for the exported model ({num_bytes / 2**30:.2f} GiB) beside the trained one "
+            f"({free / 2**30:.2f} GiB are free): the export is made and compared on the host"
+        )
+        network.to("cpu")
+        torch.cuda.empty_cache()
+
+
 def _export_directory(run: Run) -> Path | None:
     """A run that went on after an export keeps it, and writes run/export-step_N beside it; one that had nothing left to
     do writes none."""
@@ -76,6 +93,9 @@ def _export(run: Run, trained: Evaluation, finished: Finished, say: Say) -> nn.M
     if output is None:
         say(f"{run.directory} holds an export of this step already: nothing was trained since, nothing is written")
         return run.engine.network
+    planned = plan(config, vocab_size=int(run.model_config.vocab_size)).entries
+    # and as much again as one layer takes, for the evaluation
+    make_room(run.engine.network, run.engine.device, planned["export_model"] + 2 * planned["export_workspace"], say=say)
     report = export_model(
         run.engine.network,
         model_config=run.model_config,

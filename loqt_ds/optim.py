@@ -25,7 +25,7 @@ from loqt_ds.method.conversion import loqt_layers
 MOMENT_KEYS = (("exp_avg", "exp_avg_sq"), ("state1", "state2"))
 BLOCKSIZE_8BIT = 256
 UPDATE_PIECE = 2**22  # elements updated at once: a multiple of BLOCKSIZE_8BIT, so that pieces have whole blocks
-_ROUNDED_AT_ONCE = 2**20  # elements: rounding takes several times the memory of what is rounded, less than Adam then
+ROUNDED_AT_ONCE = 2**20  # elements: rounding takes several times the memory of what is rounded, less than Adam then
 _NORM_ROW = 4096  # elements whose squares are summed in one float32
 
 
@@ -304,7 +304,7 @@ class ParameterOptimizer:
 
     def _round(self, value: Tensor, target: Tensor) -> None:
         """Writes float32 values into bf16 ones, rounded stochastically."""
-        for ours, exact in zip(target.split(_ROUNDED_AT_ONCE), value.split(_ROUNDED_AT_ONCE), strict=True):
+        for ours, exact in zip(target.split(ROUNDED_AT_ONCE), value.split(ROUNDED_AT_ONCE), strict=True):
             ours.copy_(stochastic_round(exact, self._generator))
 
 

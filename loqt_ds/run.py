@@ -28,7 +28,7 @@ from loqt_ds.data import DataBundle, Tokenizer, build_data, load_or_train_tokeni
 from loqt_ds.engines.base import Engine
 from loqt_ds.engines.single import SingleEngine
 from loqt_ds.failures import Voice
-from loqt_ds.memory import plan, zero_of
+from loqt_ds.memory import Asker, check_fits, device_bytes, zero_of
 from loqt_ds.method import head, lean
 from loqt_ds.method.conversion import (
     WeightSource,
@@ -105,6 +105,7 @@ def prepare(
     is_first = ranks.local_rank == 0
     tokenizer = voice.in_turn(is_first, lambda: load_or_train_tokenizer(config, say))
     model_config = ranks.attempt(lambda: configure_model(config, tokenizer))
+    ranks.attempt(lambda: check_memory(config, model_config, device, ds_options, ranks.world_size, say=say))
     # A stream is not kept, so that nobody can find what another rank has read.
     data = voice.in_turn(
         is_first or config.data.streaming,
@@ -120,7 +121,6 @@ def prepare(
         write_options(config, directory, ds_options)
         tokenizer.save(directory / "tokenizer", say=say)
     say(f"run directory: {directory}")
-    say_plan(config, model_config, device, ds_options, ranks.world_size, say)
     torch.manual_seed(config.train.seed)
     model, original = load_model(config, model_config, device, ranks, resumed=checkpoint is not None, say=say)
     engine = build_engine(config, model, ds_options, original, ranks)
@@ -318,23 +318,33 @@ def configure_model(config: Config, tokenizer: Tokenizer) -> Any:
 # ---------------------------------------------------------------- model and engine
 
 
-def say_plan(
+def check_memory(
     config: Config,
     model_config: Any,
     device: torch.device,
     ds_options: dict[str, Any] | None,
     world_size: int,
+    *,
     say: Say,
 ) -> None:
-    """One line on the memory that each rank will need, and a warning if the device has less."""
+    """One line on the memory that each rank will need, and a warning if the device, or train.memory_limit_gib, has
+    less, with the nearest settings that fit. Raises ConfigError if what stays alone is more."""
     zero = None if ds_options is None else zero_of(ds_options, world_size)
-    planned = plan(config, vocab_size=int(model_config.vocab_size), zero=zero)
+    asker = Asker(config, vocab_size=int(model_config.vocab_size), zero=zero)
+    planned = asker.plan()
     each = f" on each of {world_size} ranks" if world_size > 1 else ""
-    say(f"planned memory{each}: {planned.total_gib:.2f} GiB (`python -m loqt_ds.memory --config` says what for)")
+    say(f"planned memory{each}: {planned.summary()}")
+    for note in planned.notes:
+        say(note)
+    capacity, what = device_bytes(device), f"{device}"
+    limit = config.train.memory_limit_gib
+    if limit is not None and limit * 2**30 < capacity:
+        capacity, what = int(limit * 2**30), f"train.memory_limit_gib={limit:g}"
+    check_fits(asker, capacity, what, say=say)
     if device.type == "cuda":
-        available = torch.cuda.get_device_properties(device).total_memory / 2**30
-        if planned.total_gib > available:
-            say(f"warning: {device} has {available:.2f} GiB; lower train.micro_batch_size")
+        free = torch.cuda.mem_get_info(device)[0]
+        if free < planned.total_bytes <= capacity:
+            say(f"warning: {free / 2**30:.2f} GiB of {device} are free: other processes hold the rest; end them")
 
 
 def load_model(

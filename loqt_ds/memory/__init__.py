@@ -14,12 +14,15 @@ comes and goes is estimated.
 
 from loqt_ds.memory.counting import GIB, LABELS, STAYS, MemoryPlan, Zero, describe, plan, planned_model, zero_of
 from loqt_ds.memory.formulas import moment_bytes
-from loqt_ds.memory.questions import Asker
+from loqt_ds.memory.machine import device_bytes
+from loqt_ds.memory.questions import Asker, check_fits
 
 __all__ = [
     "GIB",
     "Asker",
     "LABELS",
+    "check_fits",
+    "device_bytes",
     "STAYS",
     "MemoryPlan",
     "Zero",

@@ -32,6 +32,7 @@ from loqt_ds.memory.formulas import (
 from loqt_ds.method import head, lean
 from loqt_ds.method.conversion import build_meta, loqt_layers
 from loqt_ds.method.description import model_description, training_dtype
+from loqt_ds.method.head import HeadReport
 from loqt_ds.method.linear import LoQTLinear
 from loqt_ds.optim import UPDATE_PIECE
 
@@ -179,8 +180,8 @@ class Facts:
     """Parameters trained in full."""
     lean: frozenset[str]
     """Names of the modules that lean activations change."""
-    whole_logits: bool
-    """Whether the loss needs the logits of all tokens."""
+    head: HeadReport
+    """How the loss is computed."""
     notes: list[str]
 
     @property
@@ -232,7 +233,7 @@ def describe(config: Config, *, vocab_size: int | None = None) -> Facts:
         factors=factors,
         others=others,
         lean=frozenset((*changed.norms, *changed.mlps)),
-        whole_logits=loss.whole_logits is not None,
+        head=loss,
         notes=notes,
     )
 
@@ -287,7 +288,7 @@ def plan(
         "buckets": 0,
         "activations": activations,
         "tapped_inputs": tapped,
-        "loss": loss_bytes(config, description, dtype, whole_logits=facts.whole_logits),
+        "loss": loss_bytes(config, description, dtype, head=facts.head),
         "dequantized": _dequantized_bytes(config, facts),
         "recomputed_block": block,
         "block_workspace": block_workspace_bytes(config, description, dtype),
@@ -429,6 +430,7 @@ def _phases(config: Config, zero: Zero | None) -> dict[str, tuple[str, ...]]:
         phases["re-initialization: finding P"] = (*always, "gradients", "reinit_gathered", "reinit_decompose")
         phases["re-initialization: a layer"] = (*always, "gradients", "reinit_gathered", "reinit_rebuild")
     if config.export.format != "none":
-        masters = ("masters",) if config.train.device == "cpu" else ()  # they wait on the host
-        phases["export"] = (*_MODEL, *masters, "context", "export_model", "export_workspace")
+        # A card without room for two models exports from the host (loqt_ds.finish); masters wait there anyway.
+        trained = (*_MODEL, "masters") if config.train.device == "cpu" else ()
+        phases["export"] = (*trained, "context", "export_model", "export_workspace")
     return phases

@@ -20,8 +20,8 @@ For a Llama in bf16 with square attention this is 12 h + 4 i + 12 r lean, and 20
 from what norms and gated MLPs keep. Activation checkpointing keeps one input of e h per token and layer, and the above
 for one layer at a time.
 
-The loss holds one block of logits in float32 and in the activations' dtype (core.cross_entropy); where the model does
-something to its logits, all of them, their log-softmax and its gradient: 12 bytes a token and vocabulary entry.
+The loss holds one block of logits in float32 and in the activations' dtype (core.cross_entropy); where a model's head
+is of another kind, all logits, their log-softmax and its gradient: 12 bytes a token and vocabulary entry.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ from loqt_ds.core.quantization import packed_layout
 from loqt_ds.method.controller import NUM_PROBES, sketch_columns, subspace_method
 from loqt_ds.method.conversion import loqt_layers, output_head
 from loqt_ds.method.description import training_dtype
+from loqt_ds.method.head import HeadReport
 from loqt_ds.method.linear import LoQTLinear
-from loqt_ds.optim import UPDATE_PIECE
+from loqt_ds.optim import ROUNDED_AT_ONCE, UPDATE_PIECE
 
 MIN_8BIT_SIZE = 4096  # bitsandbytes' min_8bit_size
 MOMENT_BLOCKSIZE = 256
@@ -167,26 +168,32 @@ def block_workspace_bytes(config: Config, description: Any, dtype: torch.dtype) 
     return 5 * tokens * dtype.itemsize * widths(description).intermediate
 
 
-def loss_bytes(config: Config, description: Any, dtype: torch.dtype, *, whole_logits: bool) -> int:
-    """Temporaries of the loss, and the gradient of the head's input. `whole_logits`: of models whose loss needs all."""
+def loss_bytes(config: Config, description: Any, dtype: torch.dtype, *, head: HeadReport) -> int:
+    """Temporaries of the loss, and the gradient of the head's input."""
     tokens = config.train.micro_batch_size * config.data.sequence_length
     hidden, vocab_size = widths(description).hidden, int(description.get_text_config().vocab_size)
-    if whole_logits:
+    if head.whole_logits is not None:
         return 12 * tokens * vocab_size
-    return workspace_bytes(tokens, hidden, vocab_size, dtype) + tokens * dtype.itemsize * hidden
+    of_input = tokens * dtype.itemsize * hidden
+    if config.model.kernels == "liger" and not head.is_transformed:
+        return 2 * of_input  # Liger's chunks of logits are about as large as the head's input
+    return workspace_bytes(tokens, hidden, vocab_size, dtype, transformed=head.is_transformed) + of_input
 
 
 # ---------------------------------------------------------------- update
 
 
 def update_bytes(parameters: Sequence[nn.Parameter], config: Config) -> int:
-    """Temporaries of an update, which is made of one piece of one parameter at a time."""
+    """Temporaries of an update, which is made of one piece of one parameter at a time: where there is no float32, that
+    of the gradient and of the value; then Adam's, and after it those of rounding, a part of the piece at once."""
     piece = min(max(parameter.numel() for parameter in parameters), UPDATE_PIECE)
-    if parameters[0].dtype == torch.float32:
-        return 4 * piece  # Adam's denominator
-    if config.optim.master == "fp32":
-        return 8 * piece  # the gradient in float32, and Adam's denominator
-    return 12 * piece  # the value and its gradient in float32, and Adam's denominator
+    is_low, on_host = parameters[0].dtype != torch.float32, config.train.device == "cpu"
+    without_masters = is_low and config.optim.master == "bf16"
+    copies = 4 * (is_low + without_masters)
+    # torch's root and quotient; bitsandbytes on a CPU dequantizes both moments, on a GPU it makes nothing
+    adam = 8 if config.optim.name == "adamw" else 20 if on_host else 0
+    rounding = 20 * min(piece, ROUNDED_AT_ONCE) if without_masters else 0
+    return copies * piece + max(adam * piece, rounding)
 
 
 # ---------------------------------------------------------------- re-initialization

@@ -222,3 +222,19 @@ def nearest_lines(asker: Asker, capacity: int) -> list[str]:
     if not proposals:
         return ["    nothing that can be given up makes it fit: a smaller model.shape, or more memory"]
     return [f"    fits with {proposal}" for proposal in proposals]
+
+
+def check_fits(asker: Asker, capacity: int, what: str, *, say: Callable[[str], None]) -> None:
+    """Warns where the plan is above `capacity` bytes of `what`, with the nearest settings that fit. Raises ConfigError
+    where what stays for the whole run, which is counted exactly, is more than that alone."""
+    planned = asker.plan()
+    if planned.total_bytes <= capacity:
+        return
+    has = what if "=" in what else f"{what} has {capacity / GIB:.2f} GiB"
+    remedies = "\n".join(line.strip() for line in nearest_lines(asker, capacity))
+    if planned.persistent_bytes > capacity:
+        raise ConfigError(
+            f"{has}: less than the {planned.persistent_bytes / GIB:.2f} GiB that weights, factors and optimizer states "
+            f"alone take ({planned.total_gib:.2f} GiB at the peak)\n{remedies}"
+        )
+    say(f"warning: {has}, the plan is {planned.total_gib:.2f} GiB: it will probably run out of memory\n{remedies}")
