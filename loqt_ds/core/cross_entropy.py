@@ -118,7 +118,6 @@ class _Blocks:
 
     def logits(self, rows: slice, columns: slice, *, differentiable: bool = False) -> Tensor:
         """(rows, columns) in float32, until the next call. differentiable: `gradient` will be asked for."""
-        self._transformed = None  # lets go of the last block's graph
         hidden, weight = self._hidden[rows], self._weight[columns]
         low = self._view(self._low, hidden, weight)
         torch.mm(hidden, weight.t(), out=low)
@@ -174,7 +173,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 own = targets[rows]
                 of_target = hidden.new_zeros((len(own), 1), dtype=blocks.dtype)
                 of_target.masked_fill_(~possible[rows].unsqueeze(1), math.nan)
-                # Not -inf: the difference of two would be no number.
+                # Not -inf, which all logits of a block may be: the difference of two would be no number.
                 top = torch.full_like(of_target, torch.finfo(blocks.dtype).min)
                 summed = torch.zeros_like(top)
                 for columns in blocks.columns:

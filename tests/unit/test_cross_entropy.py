@@ -158,6 +158,16 @@ def test_large_logits_overflow_nothing(size: float, sized: Callable[[int, int], 
         assert relative(actual, expected) < 1e-4  # 1e4 in float32 leaves 1e-3 nats of each
 
 
+def test_entries_may_be_forbidden(sized: Callable[[int, int], None]) -> None:
+    """By a bias of -inf: the whole first block of columns, and some of another."""
+    sized(64, 8192)
+    drawn = draw(12, 200, 8, dtype=torch.float32)
+    drawn["bias"][:70] = drawn["bias"][131] = -float("inf")
+    drawn["targets"] = drawn["targets"].clamp_min(132) * (drawn["targets"] >= 0) - 100 * (drawn["targets"] < 0)
+    exact, actual = gradients(stock, drawn, torch.float64), gradients(blocked, drawn, torch.float32)
+    assert all(relative(actual[name], exact[name]) < 1e-5 for name in exact)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_shows(value: float) -> None:
     drawn = draw(11, 61, 24, dtype=torch.float32)
