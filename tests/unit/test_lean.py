@@ -326,11 +326,46 @@ def test_what_happens_in_between_is_seen(change):
     block = make_block(CHANGES[change])
     seen: list[Tensor] = []
     block[2].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
-    dys: list[Tensor] = []
-    block[2].register_full_backward_hook(lambda module, _, dy: dys.append(dy[0].clone()))
+    given: list[Tensor] = []
+    block[2].tap = lambda dy, x: given.append(x.clone())
     torch.manual_seed(0)
     block(torch.randn(5, 24).requires_grad_()).square().sum().backward()
-    assert relative(block[2].tap.total, dys[0].t() @ seen[0]) < 1e-6
+    assert len(given) == 1 and torch.equal(given[0], seen[0])
+
+
+def test_a_value_that_is_computed_again_has_the_dtype_of_autocast():
+    # A left-sided layer takes its input from a normalization's float32 output, in bf16.
+    found = []
+    for installs in (False, True):
+        block = nn.Sequential(LlamaRMSNorm(53), make_layer(24, 53, 2))
+        if installs:
+            lean.install(block)
+        given: list[Tensor] = []
+        block[1].tap = lambda dy, x, given=given: given.append(x.clone())
+        x = torch.randn(5, 53, generator=torch.Generator().manual_seed(4)).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = block(x)
+        y.float().square().sum().backward()
+        found.append([y, given[0], block[1].B.grad, x.grad, block[0].weight.grad])
+    assert found[0][1].dtype == torch.bfloat16
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_computation_is_repeated_under_the_autocast_it_was_made_under():
+    linear = nn.Linear(7, 5)
+    value = torch.randn(3, 7, generator=torch.Generator().manual_seed(4))
+    found = []
+    for again in (False, True):
+        x = value.clone().requires_grad_()
+        linear.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = recomputed(nn.Linear.forward, linear, x) if again else linear(x)
+        y.float().square().sum().backward()
+        found.append([y, x.grad, linear.weight.grad, linear.bias.grad])
+    assert found[1][0].dtype == torch.bfloat16
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    recipe = recipe_of(y)
+    assert torch.equal(recipe.computation(*recipe.tensors), y)
 
 
 def test_an_input_that_changes_after_the_normalization_is_no_recipe_any_more():
@@ -419,6 +454,20 @@ class Multiplied(LlamaMLP):
         return down * 2
 
 
+OTHER = nn.ModuleDict({"down_proj": nn.Linear(172, 64)})
+FIXED = torch.ones(3, 64)
+
+
+class Elsewhere(LlamaMLP):
+    def forward(self, x):
+        return OTHER.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class FixedInput(LlamaMLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(FIXED)) * self.up_proj(x))
+
+
 class Functional(LlamaMLP):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -430,13 +479,13 @@ class Functional(LlamaMLP):
 
 def test_which_mlps_are_known():
     config = AutoConfig.for_model("llama", **SHAPE)
-    kinds = [LlamaMLP, Swapped, Ungated, OtherInput, Multiplied, Functional]
+    kinds = [LlamaMLP, Swapped, Ungated, OtherInput, Multiplied, Elsewhere, FixedInput, Functional]
     model = nn.ModuleDict({f"{kind.__name__}Mlp": kind(config) for kind in kinds})
     for module in model.values():  # names that look like an MLP, so that what is left is said
         type(module).__name__ = f"{type(module).__name__}MLP"
     report = lean.install(model)
     assert report.mlps == ["LlamaMLPMlp", "SwappedMlp"]
-    assert report.activations == ["UngatedMlp.act_fn", "OtherInputMlp.act_fn", "MultipliedMlp.act_fn"]
+    assert report.activations == [f"{kind.__name__.removesuffix('MLP')}Mlp.act_fn" for kind in kinds[2:-1]]
     assert report.left == ["FunctionalMlp"]
     for kind, module in zip(kinds, model.values(), strict=True):
         x = torch.randn(3, 64)
