@@ -45,7 +45,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks/results/ranks"
 SHAPES = ("llama_9m:32", "llama_60m:128")
-RECIPES = ("llama_130m", "llama_350m", "llama_1b", "llama_7b")  # by the formulas only
+RECIPES = ("llama_130m", "llama_350m", "llama_1b", "pretrain_7b_24gb")  # by the formulas only
 NUM_TOKENS = 16  # of a micro-batch; no byte counted here depends on it, or on loqt.compensation_steps
 STEPS = ("first", "ordinary", "reinit", "accumulated")
 OPTIONS = """

@@ -136,7 +136,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load_config(tmp_path / "latin.yaml")
     with pytest.raises(ConfigError, match="nowhere.yaml"):
         load_config(tmp_path / "nowhere.yaml")
-    with pytest.raises(ConfigError, match=r"llama_60n.*did you mean llama_60m.*llama_7b"):
+    with pytest.raises(ConfigError, match=r"llama_60n.*did you mean llama_60m.*pretrain_7b_24gb"):
         load_config("llama_60n")
 
 
