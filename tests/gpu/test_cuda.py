@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig
 
+from loqt_ds.config import LoQTConfig
 from loqt_ds.core.cross_entropy import linear_cross_entropy
-from loqt_ds.core.quantization import QuantSpec, dequantize, quantize
+from loqt_ds.core.quantization import QuantSpec, dequantize, dequantized, quantize
+from loqt_ds.method import lean
+from loqt_ds.method.conversion import build_model, initializer, loqt_layers
 from loqt_ds.method.head import IGNORED, _liger_loss
 from loqt_ds.method.linear import LoQTLinear
 from loqt_ds.train import main
@@ -159,3 +163,100 @@ def test_a_deepspeed_run_learns_and_exports(tmp_path: Path, repository: Path, ds
     assert main(arguments, deepspeed=True) == 0
     losses = _losses(tmp_path / "run")
     assert losses[-1] < 0.8 * losses[0]
+
+
+# ---- lean activations, the buffer of dequantized matrices, Liger's kernels ------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int4", "none"])
+@pytest.mark.parametrize("shape", [(64, 64), (172, 352), (37, 91), (1376, 2048)])
+def test_the_buffer_holds_what_dequantize_returns(shape: tuple[int, int], kind: str, dtype: torch.dtype) -> None:
+    spec = QuantSpec(kind, double_quant=kind != "none")
+    packed = quantize(torch.randn(shape, device="cuda"), spec)
+    expected = dequantize(packed, shape, spec, dtype=dtype)
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), dequantized(packed, shape, spec, dtype=dtype) as values:
+            same = torch.equal(values, expected)
+        assert same
+
+
+def _converted(kind: str, dtype: torch.dtype, num_layers: int = 2, *, tapped: bool = False) -> nn.Module:
+    """A converted model with everything random, the same each time."""
+    description = AutoConfig.for_model(
+        kind,
+        vocab_size=128,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=256,
+    )
+    model, _ = build_model(description, LoQTConfig(rank=16), initializer(0), dtype=dtype, device=torch.device("cuda"))
+    generator = torch.Generator("cuda").manual_seed(1)
+    for layer in loqt_layers(model).values():
+        basis = torch.linalg.qr(torch.randn(layer.basis_shape, device="cuda", generator=generator))[0]
+        layer.set_p(quantize(basis, layer.spec_p))
+        layer.B.data.normal_(generator=generator).mul_(0.1)
+        layer.tap = (lambda dy, x: None) if tapped else None
+    return model.train()
+
+
+def _ids() -> torch.Tensor:
+    return torch.randint(0, 128, (2, 129), generator=torch.Generator().manual_seed(2)).cuda()
+
+
+def _loss_and_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    ids = _ids()
+    logits = model(input_ids=ids[:, :-1], use_cache=False).logits.float()
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
+    found = {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
+    return found | {"loss": loss.detach()}
+
+
+@pytest.mark.parametrize("tapped", [False, True])
+def test_bytes_per_token_and_layer_are_the_formula(tapped: bool) -> None:
+    ids, kept = _ids()[:, :-1], []
+    for num_layers in (1, 3):
+        model = _converted("llama", torch.bfloat16, num_layers, tapped=tapped)
+        lean.install(model)
+        resident = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+        alive: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, alive=alive: alive.append(t) or t, lambda t: t):
+            output = model.model(input_ids=ids, use_cache=False)
+        pieces = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive if t.is_cuda}
+        kept.append(sum(size for pointer, size in pieces.items() if pointer not in resident))
+        del output
+    per_token = (kept[1] - kept[0]) / 2 / ids.numel()
+    formula = 2 * (6 * 256 + 2 * 688 + 6 * 16) + 4 * 4
+    assert formula <= per_token <= 1.02 * formula  # kernels of attention may pad what they keep of a row
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma", "qwen3"])
+def test_lean_gradients_are_the_stock_ones(kind: str) -> None:
+    stock, changed = _converted(kind, torch.bfloat16), _converted(kind, torch.bfloat16)
+    lean.install(changed)
+    expected, actual = _loss_and_gradients(stock), _loss_and_gradients(changed)
+    for name in expected:
+        # Attention's backward adds in an order that varies; the rest is the same to the bit.
+        difference = torch.linalg.norm(actual[name] - expected[name])
+        assert difference <= 1e-2 * torch.linalg.norm(expected[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "gemma", "qwen3"])
+def test_ligers_kernels_compute_what_torch_does(kind: str, dtype: torch.dtype) -> None:
+    pytest.importorskip("liger_kernel", reason="Liger-Kernel is not installed")
+    by_torch, by_liger = _converted(kind, dtype), _converted(kind, dtype)
+    lean.install(by_torch)
+    report = lean.install(by_liger, kernels="liger")
+    assert set(report.norms) <= set(report.fused) and bool(set(report.mlps) & set(report.fused)) == (kind != "gemma")
+    expected, actual = _loss_and_gradients(by_torch), _loss_and_gradients(by_liger)
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    for name in expected:
+        difference = torch.linalg.norm(actual[name] - expected[name])
+        assert difference <= tolerance * torch.linalg.norm(expected[name]), name
