@@ -129,12 +129,14 @@ class Outputs(LlamaForCausalLM):
             output.logits = output.logits - output.logits.amax(-1, keepdim=True) / 2
         elif self.what == "trained":
             output.logits = output.logits * self.model.norm.weight[0]
+        elif self.what == "twice":
+            self.lm_head(torch.zeros(1, 1, 32))
         elif self.what == "fails":
             raise LookupError("no such thing")
         return output
 
 
-@pytest.mark.parametrize("what", ["forbids", "in place", "ranks", "trained"])
+@pytest.mark.parametrize("what", ["forbids", "in place", "ranks", "trained", "twice"])
 def test_what_cannot_be_had_in_blocks_is_computed_from_all_logits_and_said(what: str) -> None:
     torch.manual_seed(0)
     model, given = Outputs(llama_config()), batch()
@@ -144,6 +146,19 @@ def test_what_cannot_be_had_in_blocks_is_computed_from_all_logits_and_said(what:
     assert report.whole_logits is not None and "Outputs" in report.describe() and "all tokens" in report.describe()
     actual = with_gradients(model, model(**given, use_cache=False))
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_what_comes_before_the_head_is_the_models_affair() -> None:
+    """Here a layer between decoder and head."""
+    model, given = make("llama"), batch()
+    between = nn.Linear(32, 32)
+    model.between = between  # trained with it
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: (between(inputs[0]),))
+    expected = with_gradients(model, stock_loss(model, given))
+    assert head.install(model).whole_logits is None
+    actual = with_gradients(model, model(**given, use_cache=False))
+    assert actual.keys() == expected.keys() and "between.weight" in actual
+    assert all(relative(actual[name], expected[name]) < 1e-5 for name in expected)
 
 
 def test_other_heads_and_models_that_cannot_be_tried_are_said() -> None:
