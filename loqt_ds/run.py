@@ -169,6 +169,7 @@ def _check_options(config: Config, ds_config: str | Path | None) -> tuple[torch.
         from loqt_ds.engines.ds_config import check_deepspeed
 
         ds_options = check_deepspeed(ds_config, config)
+    lean.check_kernels(config.model.kernels, [device])
     check_model(config)
     return device, config, ds_options
 

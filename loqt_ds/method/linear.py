@@ -83,7 +83,19 @@ class _LoQTLinearFunction(torch.autograd.Function):
         else:
             with layer.basis_hat_buffer(dtype) as p:
                 inner = dy @ p
+        rows: Any = None  # (T, in)
+        if tap is not None or (need_factor and not right):
+            rows = inputs[0] if ctx.compute_x is None else ctx.compute_x(*inputs).to(ctx.x_dtype)
+            rows = rows.reshape(-1, layer.in_features)
+        if need_factor:
+            product = dy.t() @ projected if right else inner.t() @ rows
+            dfactor = product.mul_(layer.scale).to(factor.dtype)
+        if tap is not None:
+            tap(dy, rows)
+        if ctx.has_bias and need_bias:
+            dbias = dy.sum(0).to(ctx.bias_dtype)
         if need_x:
+            rows = None  # x that was computed again goes before dx, of the same size, comes
             with layer.weight_q_buffer(dtype) as w:
                 dx = dy @ w  # (T, in)
             if right:
@@ -92,17 +104,6 @@ class _LoQTLinearFunction(torch.autograd.Function):
             else:
                 dx.addmm_(inner, b, alpha=layer.scale)
             dx = dx.view(ctx.x_shape)
-        rows: Any = None  # (T, in)
-        if tap is not None or (need_factor and not right):
-            x = inputs[0] if ctx.compute_x is None else ctx.compute_x(*inputs).to(ctx.x_dtype)
-            rows = x.reshape(-1, layer.in_features)
-        if need_factor:
-            product = dy.t() @ projected if right else inner.t() @ rows
-            dfactor = product.mul_(layer.scale).to(factor.dtype)
-        if ctx.has_bias and need_bias:
-            dbias = dy.sum(0).to(ctx.bias_dtype)
-        if tap is not None:
-            tap(dy, rows)
         return dx, dfactor, dbias, None, None
 
 

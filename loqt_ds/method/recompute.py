@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 
 _ATTRIBUTE = "_loqt_recipe"
 
@@ -134,7 +135,8 @@ class _Recomputed(torch.autograd.Function):
             ) from error
         with torch.enable_grad():
             tensors = [t.detach().requires_grad_(w) for t, w in zip(saved, wanted, strict=True)]
-            output = ctx.computation(*tensors)
+            # The edge in place of the output, which is not kept for its own gradient.
+            edge = get_gradient_edge(ctx.computation(*tensors))
         leaves = [t for t in tensors if t.requires_grad]
-        gradients = iter(torch.autograd.grad(output, leaves, grad_output, allow_unused=True))
+        gradients = iter(torch.autograd.grad(edge, leaves, grad_output, allow_unused=True))
         return None, *(next(gradients) if w else None for w in wanted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,12 +18,13 @@ from transformers import AutoConfig
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from loqt_ds.config import ConfigError
+from loqt_ds.config import Config, ConfigError, ModelConfig, TrainConfig
 from loqt_ds.core.quantization import QuantSpec, quantize
 from loqt_ds.method import lean
 from loqt_ds.method.conversion import build_model, initializer, loqt_layers
 from loqt_ds.method.linear import LoQTLinear
 from loqt_ds.method.recompute import recipe_of, recomputed
+from loqt_ds.run import _check_options
 
 SHAPE = dict(
     vocab_size=61,
@@ -413,6 +415,31 @@ def test_frozen_weights_and_inputs_without_gradients():
         assert len(found[0]) == len(found[1]) == 1 and torch.equal(found[0][0], found[1][0])
 
 
+def test_a_computation_that_returns_its_input_or_leaves_a_parameter_out():
+    module = nn.Linear(3, 3)
+    x = torch.randn(2, 3).requires_grad_()
+    recomputed(lambda m, value: value, module, x * 2.0).sum().backward()
+    assert torch.equal(x.grad, torch.full((2, 3), 2.0)) and module.weight.grad is None
+    recomputed(lambda m, value: value @ m.weight, module, x).sum().backward()
+    assert module.weight.grad is not None and module.bias.grad is None
+
+
+def test_the_second_output_is_gone_before_its_gradients_come():
+    outputs: list[weakref.ref[Tensor]] = []
+    alive: list[bool] = []
+
+    def function(_: nn.Module, value: Tensor) -> Tensor:
+        inner = value * 2.0
+        output = inner + 1.0
+        outputs.append(weakref.ref(output))
+        if inner.requires_grad:
+            inner.register_hook(lambda _: alive.append(outputs[-1]() is not None))
+        return output
+
+    recomputed(function, nn.Module(), torch.ones(3, requires_grad=True)).sum().backward()
+    assert len(outputs) == 2 and alive == [False]
+
+
 def test_parameters_of_an_activation_are_trained():
     class Prelu(LlamaMLP):
         pass
@@ -574,6 +601,12 @@ def test_kernels_that_cannot_run_are_refused():
         lean.install(model, kernels="fast")
     with pytest.raises(ConfigError, match="model.kernels=liger needs a CUDA device, not cpu; use model.kernels=torch"):
         lean.install(model, kernels="liger")
+
+
+def test_a_run_is_refused_before_it_has_weights():
+    config = Config(model=ModelConfig(shape="llama_60m", kernels="liger"), train=TrainConfig(device="cpu"))
+    with pytest.raises(ConfigError, match="model.kernels=liger needs a CUDA device, not cpu"):
+        _check_options(config, None)
 
 
 def test_a_missing_liger_is_named(monkeypatch):
