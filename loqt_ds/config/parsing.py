@@ -336,7 +336,11 @@ def _default(item: dataclasses.Field[Any]) -> str:
 def _help_entry(name: str, item: dataclasses.Field[Any], cls: Any) -> str:
     head = f"  {name}={_default(item)}   ({describe_type(field_types(cls)[item.name])})"
     indent = " " * 6
-    return head + "\n" + textwrap.fill(field_docs(cls)[item.name], 110, initial_indent=indent, subsequent_indent=indent)
+    # Not at hyphens: a line break there could be read as a space within the word.
+    lines = textwrap.wrap(
+        field_docs(cls)[item.name], 110, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+    )
+    return "\n".join([head, *lines])
 
 
 def help_text() -> str:
