@@ -232,7 +232,7 @@ def describe(config: Config, *, vocab_size: int | None = None) -> Facts:
         layers=layers,
         factors=factors,
         others=others,
-        lean=frozenset((*changed.norms, *changed.mlps)),
+        lean=frozenset((*changed.norms, *changed.mlps, *changed.activations)),
         head=loss,
         notes=notes,
     )

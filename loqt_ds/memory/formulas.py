@@ -113,9 +113,11 @@ def _linear_bytes(model: nn.Module, e: int, *, lean: frozenset[str], eager: bool
     for parent_name, parent in model.named_modules():
         # By name of the parent's child: q, k, v of one attention, or gate and up of one MLP, share their input, while
         # the projection back (o, down) has one of its own.
+        children = dict(parent.named_children())
+        is_lean = parent_name in lean or any(f"{parent_name}.{name}" in lean for name in children)
         kept: set[tuple[int, bool]] = set()
         while_tapped: set[tuple[int, bool]] = set()
-        for name, child in parent.named_children():
+        for name, child in children.items():
             if child is head or not isinstance(child, nn.Linear | LoQTLinear):
                 continue
             back = name.startswith(_BACK) or name == "dense"
@@ -123,7 +125,7 @@ def _linear_bytes(model: nn.Module, e: int, *, lean: frozenset[str], eager: bool
             if back and _is_attention(parent):
                 has_input = not eager  # attention's output is kept by attention
             else:
-                has_input = bool(lean) and adapted and (not back or parent_name in lean)
+                has_input = bool(lean) and adapted and (not back or is_lean)
             if isinstance(child, LoQTLinear) and child.side == "right":
                 total += e * child.rank
                 if not has_input:
@@ -140,7 +142,7 @@ def activation_bytes(
 ) -> tuple[int, int, int]:
     """What is kept between forward and backward of one micro-batch, how much more in a re-initialization's (where
     layers keep their inputs for the gradient of W), and what of one block is computed again at a time (under activation
-    checkpointing). `lean`: names of the norms and gated MLPs that `method.lean` changes."""
+    checkpointing). `lean`: names of the norms, gated MLPs and activations that `method.lean` changes."""
     width, e = widths(description), dtype.itemsize
     sequence, eager = config.data.sequence_length, config.model.attention == "eager"
     if eager:
@@ -162,10 +164,10 @@ def activation_bytes(
 
 
 def block_workspace_bytes(config: Config, description: Any, dtype: torch.dtype) -> int:
-    """What the backward of one block makes besides: gradients of gate, up and their product, the product and its
+    """What the backward of one block makes besides: gradients of gate and of the product, the product and its
     activation computed again. (Gradients of the residual stream take the place of the head's input.)"""
     tokens = config.train.micro_batch_size * config.data.sequence_length
-    return 5 * tokens * dtype.itemsize * widths(description).intermediate
+    return 4 * tokens * dtype.itemsize * widths(description).intermediate
 
 
 def loss_bytes(config: Config, description: Any, dtype: torch.dtype, *, head: HeadReport) -> int:
@@ -185,15 +187,15 @@ def loss_bytes(config: Config, description: Any, dtype: torch.dtype, *, head: He
 
 def update_bytes(parameters: Sequence[nn.Parameter], config: Config) -> int:
     """Temporaries of an update, which is made of one piece of one parameter at a time: where there is no float32, that
-    of the gradient and of the value; then Adam's, and after it those of rounding, a part of the piece at once."""
+    of the gradient and of the value; then Adam's, and after it, beside the value, those of rounding a part of it."""
     piece = min(max(parameter.numel() for parameter in parameters), UPDATE_PIECE)
     is_low, on_host = parameters[0].dtype != torch.float32, config.train.device == "cpu"
     without_masters = is_low and config.optim.master == "bf16"
-    copies = 4 * (is_low + without_masters)
+    value, gradient = 4 * without_masters, 4 * is_low
     # torch's root and quotient; bitsandbytes on a CPU dequantizes both moments, on a GPU it makes nothing
     adam = 8 if config.optim.name == "adamw" else 20 if on_host else 0
-    rounding = 20 * min(piece, ROUNDED_AT_ONCE) if without_masters else 0
-    return copies * piece + max(adam * piece, rounding)
+    rounding = 15 * min(piece, ROUNDED_AT_ONCE) if without_masters else 0
+    return value * piece + max((gradient + adam) * piece, rounding)
 
 
 # ---------------------------------------------------------------- re-initialization

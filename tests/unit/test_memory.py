@@ -185,7 +185,7 @@ def test_checkpointing_accumulation_and_layerwise_save_what_they_should(shape: s
 
 @pytest.mark.parametrize(
     ("name", "hidden", "intermediate", "num_layers", "gib"),
-    [("llama_7b", 4096, 11008, 32, 1.8), ("llama_13b", 5120, 13824, 40, 2.8)],
+    [("pretrain_7b_24gb", 4096, 11008, 32, 1.8), ("pretrain_13b_24gb", 5120, 13824, 40, 2.8)],
 )
 def test_sketches_are_those_of_the_design(
     name: str, hidden: int, intermediate: int, num_layers: int, gib: float

@@ -1,0 +1,281 @@
+"""The planner's answers: the table of the project's promise, phases against bytes that are alive, what fits and what
+would, how much memory there is."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from loqt_ds.config import Config, ConfigError, load_config
+from loqt_ds.engines.single import SingleEngine
+from loqt_ds.finish import make_room
+from loqt_ds.memory import GIB, Asker, Zero, check_fits, plan, planned_model
+from loqt_ds.memory.command import main
+from loqt_ds.memory.machine import host_bytes
+from loqt_ds.ranks import ALONE
+from loqt_ds.run import check_memory, load_model
+
+# GiB: W and P in NF4 with double quantization, B in bf16 without masters, 8-bit Adam, layer-wise; 1 GiB of context.
+TARGETS = {
+    ("7b", 256): {256: 7.8, 1024: 10.3, 2048: 13.3, 4096: 19.2},
+    ("7b", 1024): {256: 12.8, 1024: 15.5, 2048: 18.7},
+    ("13b", 256): {256: 12.5, 1024: 16.1, 2048: 20.8},
+    ("13b", 1024): {256: 20.2, 512: 22.0},
+}
+LEAST = ("train.dtype=bf16", "optim.master=bf16", "optim.layerwise=true", "loqt.double_quant=both")
+
+
+@pytest.mark.parametrize("size", ["7b", "13b"])
+def test_the_targets(size: str) -> None:
+    asker = Asker(load_config(None, [f"model.shape=llama_{size}", *LEAST, "data.sequence_length=256"]))
+    for rank, tokens, gib in [
+        (r, t, gib) for (s, r), cells in TARGETS.items() if s == size for t, gib in cells.items()
+    ]:
+        planned = asker.plan(f"loqt.rank={rank}", f"train.micro_batch_size={tokens // 256}")
+        assert planned.num_tokens == tokens
+        assert planned.total_gib == pytest.approx(gib, rel=0.03), planned.lines()
+
+
+# ---------------------------------------------------------------- against bytes that are alive
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operations have returned and that somebody holds; kernels' own
+    temporaries are not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def _gone(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self._sizes:
+                    self._sizes[key] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._gone, key)
+        self.peak = max(self.peak, self.now)
+        return output
+
+
+@pytest.fixture
+def shape(tmp_path: Path) -> str:
+    content = {
+        **{"model_type": "llama", "vocab_size": 997, "max_position_embeddings": 512, "tie_word_embeddings": False},
+        **{"hidden_size": 192, "intermediate_size": 520, "num_hidden_layers": 2, "num_attention_heads": 6},
+    }
+    (tmp_path / "shape.json").write_text(json.dumps(content))
+    return str(tmp_path / "shape.json")
+
+
+def small(shape: str, *overrides: str) -> Config:
+    base = [f"model.shape={shape}", "loqt.rank=64", "data.sequence_length=128", "train.micro_batch_size=3"]
+    base += ["train.device=cpu", "loqt.subspace=sketch", "loqt.interval=2", "loqt.schedule=static"]
+    return load_config(None, [*base, *overrides])
+
+
+CASES: dict[str, tuple[str, ...]] = {
+    "least": LEAST,
+    "least, many tokens": (*LEAST, "train.micro_batch_size=12"),
+    "stock activations": (*LEAST, "train.micro_batch_size=12", "train.lean_activations=false"),
+    "activation checkpointing": (*LEAST, "train.micro_batch_size=12", "train.activation_checkpointing=true"),
+    "ordinary": ("train.dtype=bf16",),
+    "float32": ("train.dtype=fp32", "loqt.subspace=gram"),
+    "accumulated": ("train.dtype=bf16", "train.gradient_accumulation_steps=2"),
+    "layer-wise, accumulated": (*LEAST, "train.gradient_accumulation_steps=2"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_peaks_are_those_of_live_tensors(shape: str, case: str) -> None:
+    """Of the start, of a step and of one with a re-initialization; without the context. 32-bit Adam, because the
+    8-bit one makes its temporaries inside an operation, where they are not seen."""
+    config = small(shape, "optim.name=adamw", *CASES[case])
+    planned = plan(config)
+    torch.manual_seed(0)
+    measured = {}
+    with LiveBytes() as live:
+        description = planned_model(config)[0]
+        model, original = load_model(config, description, torch.device("cpu"), ALONE, resumed=False, say=lambda _: None)
+        measured["start"] = live.peak
+        engine = SingleEngine(model, config, original=original)
+        for _ in range(3):
+            live.peak = live.now
+            for _ in range(config.train.gradient_accumulation_steps):
+                ids = torch.randint(0, 997, (config.train.micro_batch_size, 128))
+                loss = engine(input_ids=ids, targets=ids, use_cache=False) / ids.numel()
+                engine.backward(loss)
+                del loss
+                report = engine.step()
+            assert report is not None
+            measured["step" if report.reinit is None else "re-initialization"] = live.peak
+    for part, num_bytes in measured.items():
+        assert planned.peak_bytes(part) - planned.entries["context"] == pytest.approx(num_bytes, rel=0.1), part
+    assert set(measured) == {*planned.parts_of_run} - {"export"}
+
+
+# ---------------------------------------------------------------- questions
+
+
+def test_the_largest_micro_batch_is_the_largest(shape: str) -> None:
+    asker = Asker(small(shape, *LEAST))
+    capacity = asker.plan("train.micro_batch_size=37").total_bytes
+    assert asker.largest_micro_batch(capacity) == 37
+    assert asker.largest_micro_batch(capacity - 1) == 36
+    assert asker.largest_micro_batch(asker.plan("train.micro_batch_size=1").total_bytes - 1) == 0
+
+
+def test_what_is_proposed_fits_and_what_costs_least_is_first(shape: str) -> None:
+    config = small(shape, "train.dtype=bf16", "optim.name=adamw", "train.micro_batch_size=8")
+    asker = Asker(config)
+    capacity = asker.plan("optim.layerwise=true").total_bytes
+    proposals = asker.nearest(capacity)
+    assert proposals[0].overrides == ("optim.layerwise=true",)
+    for proposal in proposals:
+        assert proposal.plan.total_bytes <= capacity
+        assert asker.plan(*proposal.overrides).total_bytes == proposal.plan.total_bytes
+    assert len({proposal.overrides for proposal in proposals}) == len(proposals) <= 3
+
+
+def test_a_combination_gives_up_nothing_that_is_not_needed(shape: str) -> None:
+    asker = Asker(small(shape, "train.dtype=bf16", "optim.name=adamw", "train.micro_batch_size=8"))
+    target = "optim.master=bf16", "optim.name=adamw8bit", "train.micro_batch_size=4", "optim.layerwise=true"
+    capacity = asker.plan(*target).total_bytes
+    found = asker.nearest(capacity)[0]
+    assert len(found.overrides) > 1 and found.plan.total_bytes <= capacity
+    assert not any("loqt.rank" in each for each in found.overrides)  # what costs most is not needed
+    for override in found.overrides:
+        others = [each for each in found.overrides if each != override]
+        assert asker.plan(*others).total_bytes > capacity, override
+
+
+def test_rows_of_a_step_are_accumulated_where_they_can_be(shape: str) -> None:
+    asker = Asker(small(shape, "train.dtype=bf16", "train.micro_batch_size=64"))
+    capacity = asker.plan("train.micro_batch_size=16", "train.gradient_accumulation_steps=4").total_bytes
+    assert any("train.gradient_accumulation_steps=4" in p.overrides for p in asker.nearest(capacity, limit=9))
+
+
+def test_proposals_can_be_honoured(shape: str) -> None:
+    """No layer-wise updates under ZeRO, or with clipping by the norm of all."""
+    for asker in (
+        Asker(small(shape, "train.dtype=bf16"), zero=Zero(2, 2, 1000)),
+        Asker(small(shape, "train.dtype=bf16", "train.max_grad_norm=1")),
+    ):
+        proposals = asker.nearest(int(1.02 * GIB), limit=20)
+        assert proposals and not any("optim.layerwise=true" in p.overrides for p in proposals)
+    with pytest.raises(ConfigError, match="optim.layerwise"):
+        Asker(small(shape), zero=Zero(2, 2, 1000)).plan("optim.layerwise=true")
+
+
+def test_a_run_is_told_before_it_would_not_fit(shape: str) -> None:
+    asker = Asker(small(shape, "train.dtype=bf16"))
+    planned = asker.plan()
+    said: list[str] = []
+    check_fits(asker, planned.total_bytes, "cuda:0", say=said.append)
+    assert not said
+    check_fits(asker, planned.total_bytes - 1, "cuda:0", say=said.append)
+    assert "warning: cuda:0 has" in said[0] and "fits with optim.master=bf16" in said[0]
+    with pytest.raises(ConfigError, match=r"train.memory_limit_gib=0.001: less than the .* GiB that weights") as caught:
+        check_fits(asker, planned.persistent_bytes - 1, "train.memory_limit_gib=0.001", say=said.append)
+    assert "memory" in str(caught.value).splitlines()[-1] and len(said) == 1
+
+
+def test_a_run_says_its_plan_and_keeps_to_its_limit(shape: str) -> None:
+    """Of the device, or of train.memory_limit_gib."""
+
+    def said(*overrides: str) -> list[str]:
+        config = small(shape, "train.dtype=bf16", "train.gradient_accumulation_steps=2", *overrides)
+        lines: list[str] = []
+        check_memory(config, planned_model(config)[0], torch.device("cpu"), None, 1, say=lines.append)
+        return lines
+
+    assert len(said()) == 1 and said()[0].startswith("planned memory: 1.0") and "re-initialization 1.0" in said()[0]
+    assert "keeps a gradient of every parameter" in said("optim.layerwise=true")[1]
+    assert "warning: train.memory_limit_gib=0.9," in said("train.memory_limit_gib=0.9")[1]
+    with pytest.raises(ConfigError, match="train.memory_limit_gib=0.0001: less than"):
+        said("train.memory_limit_gib=0.0001")
+
+
+@pytest.mark.parametrize("free", [1000, 99])
+def test_a_full_card_exports_from_the_host(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free - 10, 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
+    network, said = torch.nn.Linear(2, 2, device="meta"), list[str]()
+    moved: list[Any] = []
+    monkeypatch.setattr(network, "to", moved.append)
+    make_room(network, torch.device("cuda", 0), 100, say=said.append)
+    assert (moved, len(said)) == (([], 0) if free == 1000 else (["cpu"], 1))
+    make_room(network, torch.device("cpu"), 100, say=said.append)
+    assert len(said) == (free != 1000)
+
+
+# ---------------------------------------------------------------- the machine
+
+
+def test_memory_of_a_container(tmp_path: Path) -> None:
+    """Control groups of both versions, the smallest limit around the process counts; `max` is none."""
+    own = tmp_path / "cgroup"
+    top = tmp_path / "fs"
+    (top / "a" / "b").mkdir(parents=True)
+    (top / "memory" / "job").mkdir(parents=True)
+    own.write_text("0::/a/b\n5:cpu,cpuacct:/job\n4:memory:/job\n")
+    machine = host_bytes(cgroups=top, own=tmp_path / "nothing")
+    assert host_bytes(cgroups=top, own=own) == machine > 2**28
+    (top / "a" / "b" / "memory.max").write_text("max\n")
+    (top / "a" / "memory.max").write_text("20000000\n")
+    assert host_bytes(cgroups=top, own=own) == 20_000_000
+    (top / "memory" / "memory.limit_in_bytes").write_text(str(2**63 - 4096))
+    (top / "memory" / "job" / "memory.limit_in_bytes").write_text("10000000")
+    assert host_bytes(cgroups=top, own=own) == 10_000_000
+    own.write_text("0::/elsewhere/on/the/host\n")
+    (top / "memory.max").write_text("30000000\n")
+    assert host_bytes(cgroups=top, own=own) == 30_000_000
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_questions_on_the_command_line(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["--shape", shape, "--rank", "64"]
+    assert main([*base, "--tokens", "512", "--card-gib", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "512 tokens in a micro-batch" in out and "2 GiB: fits" in out and "largest micro-batch" in out
+    assert main([*base, "--tokens", "300", "--card-gib", "1.01"]) == 0
+    out = capsys.readouterr().out
+    assert "300 tokens in a micro-batch" in out and "does not fit" in out
+    assert main([*base, "--tokens", "256"]) == 0
+    out = capsys.readouterr().out
+    assert torch.cuda.is_available() or all(f"a card of {size} GB" in out for size in (8, 12, 16, 24, 48, 80))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--shape", "7b", "--gpus", "2", "--engine", "single"], "one process has one GPU"),
+        (["--shape", "7b", "--engine", "zero9"], "zero2"),
+        (["--shape", "7b", "--gpus", "0"], "at least 1"),
+        (["--shape", "7b", "--tokens", "4097"], "max_position_embeddings"),
+        (["--shape", "7b", "--tokens", "1"], "--tokens=1"),
+        (["--shape", "7b", "--card-gib", "0"], "above 0"),
+        (["--shape", "7b", "--gpus", "2", "optim.layerwise=true"], "ZeRO updates after the backward"),
+        (["--shape", "8b"], "llama_7b"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert words in capsys.readouterr().err
