@@ -76,7 +76,7 @@ def test_recipes(path: Path, tmp_path: Path) -> None:
     if peak[1]:
         assert result.total_gib < float(peak[2])
     else:
-        assert result.total_gib == pytest.approx(float(peak[2]), abs=0.051), "configs/README.md"
+        assert result.total_gib == pytest.approx(float(peak[2]), abs=0.1), "configs/README.md"
 
 
 def test_recipes_for_a_card_need_no_checkpointing_where_they_say_so() -> None:
