@@ -2,6 +2,7 @@
 
     python tools/fit.py                          # on the CPU: 7B at rank 256 and 1024, 13B at rank 256, 128 tokens
     python tools/fit.py --cuda --cap-gib 23.6    # the table of the README on one CUDA device
+    python tools/fit.py --cuda --plan            # what the planner says of that table, without measuring
     python tools/fit.py --shape llama_9m --rank 32 --tokens 64 128
 
 A cell is one shape, rank and number of tokens in the micro-batch, with what a small card asks for: layer-wise updates,
@@ -27,6 +28,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -53,6 +55,7 @@ name: fit
 optim: {name: adamw8bit, lr: 0.0005, master: bf16, layerwise: true, warmup_steps: 0}
 loqt: {schedule: static, double_quant: both}
 train: {dtype: bf16, max_steps: 1000}
+export: {format: none}
 """
 CPU_OPTIONS = ("loqt.interval=2", "loqt.compensation_steps=0")
 CUDA_OPTIONS = ("loqt.interval=3", "loqt.compensation_steps=5")
@@ -64,6 +67,9 @@ CUDA_CELLS = [  # the cell that matters first
     *(("llama_7b", 256, tokens) for tokens in (256, 1024, 2048, 4096)),
     *(("llama_13b", 256, tokens) for tokens in (256, 1024, 2048)),
 ]
+
+
+PHASES = {"start": "start", "ordinary": "step", "reinit": "re-initialization"}  # ours -> the planner's
 
 
 @dataclass(frozen=True)
@@ -178,8 +184,7 @@ def measure(cell: Cell, result: Path, *, cap_gib: float | None, num_steps: int, 
 
     device = torch.device("cuda", 0) if cell.device == "cuda" else torch.device("cpu")
     config = cell.config(result.parent, overrides)
-    planned = plan(config)
-    say(f"planned {planned.total_gib:.2f} GiB")
+    say(f"planned {plan(config).total_gib:.2f} GiB")
     memory = Memory(device)
     if cap_gib is not None and device.type == "cuda":
         memory.cap(cap_gib)
@@ -220,7 +225,6 @@ def measure(cell: Cell, result: Path, *, cap_gib: float | None, num_steps: int, 
         "steps": steps,
         "tokens_per_second": cell.tokens * len(ordinary) / sum(ordinary) if ordinary else None,
         "components": components(model, engine),
-        "planned": {"total": planned.total_bytes, "entries": planned.entries},
         "machine": machine(device),
     }
     partial = result.with_suffix(".part")
@@ -265,20 +269,27 @@ def _gib(peak: dict[str, int]) -> str:
 # ---------------------------------------------------------------- all cells
 
 
+def planned_config(record: dict[str, Any]) -> Config:
+    """The configuration of a measurement."""
+    with tempfile.TemporaryDirectory() as folder:
+        return Cell(**record["cell"]).config(Path(folder), record["overrides"])
+
+
 def summarize(record: dict[str, Any]) -> dict[str, Any]:
-    """One line of the table: measured peaks beside the planner's, GiB, and the share of the total that it is off."""
+    """One line of the table: measured peaks beside those that the planner gives now, GiB."""
     kind = "resident" if record["cell"]["device"] == "cpu" else "driver"
     peaks = {phase: peak[kind] for phase, peak in record["peaks"].items()}
     highest = max(record["peaks"].values(), key=lambda peak: peak[kind])
-    planned, entries = record["planned"]["total"], record["planned"]["entries"]
-    differing = [name for name, num in record["components"].items() if num != entries[name]]
+    planned = plan(planned_config(record))
+    differing = [name for name, num in record["components"].items() if num != planned.entries[name]]
     return {
         "cell": record["cell"],
         "measured": max(peaks.values()) / GIB,
         "all": {name: number / GIB for name, number in highest.items()},
         "phases": {phase: number / GIB for phase, number in peaks.items()},
-        "planned": planned / GIB,
-        "ratio": max(peaks.values()) / planned,
+        "planned": planned.total_gib,
+        "planned_phases": {phase: planned.peak_bytes(name) / GIB for phase, name in PHASES.items()},
+        "ratio": max(peaks.values()) / planned.total_bytes,
         "stays": sum(record["components"].values()) / GIB,
         "components_off": differing,
         "losses": [round(step["loss"], 4) for step in record["steps"]],
@@ -290,22 +301,38 @@ def summarize(record: dict[str, Any]) -> dict[str, Any]:
 def table(records: Sequence[dict[str, Any]]) -> str:
     """The cells as Markdown."""
     rows = [
-        "| cell | tokens | peak: start / step / re-initialization | planned | measured / planned | stays, exact "
+        "| cell | tokens | peak, GiB: start / step / re-initialization | planned | measured / planned | stays, exact "
         "| losses | s per re-initialization | tokens/s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for record in records:
         line = summarize(record)
-        cell, phases = line["cell"], line["phases"]
+        cell, peaks, planned = line["cell"], line["phases"], line["planned_phases"]
         exact = "as planned" if not line["components_off"] else f"differs: {', '.join(line['components_off'])}"
         speed = line["tokens_per_second"]
         rows.append(
             f"| {Path(cell['shape']).stem} r{cell['rank']} {cell['device']} | {cell['tokens']} | "
-            f"{' / '.join(f'{phases[name]:.2f}' for name in ('start', 'ordinary', 'reinit'))} GiB | "
-            f"{line['planned']:.2f} GiB | {line['ratio']:.3f} | {line['stays']:.2f} GiB, {exact} | "
+            f"{' / '.join(f'{peaks[name]:.2f}' for name in PHASES)} | "
+            f"{' / '.join(f'{planned[name]:.2f}' for name in PHASES)} | "
+            f"{line['ratio']:.3f} | {line['stays']:.2f}, {exact} | "
             f"{' '.join(f'{loss:.2f}' for loss in line['losses'])} | "
             f"{', '.join(f'{s:.0f}' for s in line['seconds_reinit'])} | {'' if speed is None else f'{speed:.1f}'} |"
         )
+    return "\n".join(rows)
+
+
+def plan_table(cells: Sequence[Cell], overrides: Sequence[str]) -> str:
+    """Planned peaks in GiB as Markdown: a line for each shape and rank, a column for each number of tokens."""
+    peaks: dict[tuple[str, int], dict[int, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for cell in cells:
+            total = plan(cell.config(Path(folder), overrides)).total_gib
+            peaks.setdefault((Path(cell.shape).stem, cell.rank), {})[cell.tokens] = total
+    columns = sorted({cell.tokens for cell in cells})
+    rows = [f"| GiB | {' | '.join(f'T={number}' for number in columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for (shape, rank), planned in sorted(peaks.items(), key=lambda item: (len(item[0][0]), item[0])):
+        cells_of_row = [f"{planned[number]:.1f}" if number in planned else "" for number in columns]
+        rows.append(f"| {shape} r{rank} | {' | '.join(cells_of_row)} |")
     return "\n".join(rows)
 
 
@@ -377,6 +404,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="of each cell (default: 4, on CUDA 6)")
     parser.add_argument("--minutes", type=float, help="start no cell that would probably end later than this")
     parser.add_argument("--work", type=Path, default=RESULTS, help="directory of the results (default: %(default)s)")
+    parser.add_argument("--plan", action="store_true", help="print what is planned, and measure nothing")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="options to change, after --")
     set_environment()  # before the processes of the cells start
@@ -393,6 +421,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if options.plan:
+        print(plan_table(cells, options.overrides))
+        return 0
     records = run_cells(cells, options)
     if records:
         print(table(records))
@@ -408,7 +439,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def chosen_cells(options: argparse.Namespace) -> list[Cell]:
     """The cells of the command line. Raises ValueError for what cannot be measured here."""
     device = "cuda" if options.cuda else "cpu"
-    if options.cuda and not torch.cuda.is_available():
+    if options.cuda and not options.plan and not torch.cuda.is_available():
         raise ValueError("--cuda: torch sees no CUDA device; leave it out to measure on the CPU")
     if options.shape is None:
         if options.rank or options.tokens:
