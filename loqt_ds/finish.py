@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loqt_ds.core.quantization import BUFFERS
 from loqt_ds.data import Tokenizer
 from loqt_ds.evaluation import Evaluation, evaluate
 from loqt_ds.export import export_model, load_export
@@ -28,6 +29,7 @@ def collect(run: Run) -> Finished:
     masters = {name: tensor.cpu() for name, tensor in run.engine.masters().items()} if output is not None else {}
     # The optimizer's memory makes room for the reloaded model; masters wait on the host.
     run.engine.release()
+    BUFFERS.clear()
     if run.engine.device.type == "cuda":
         torch.cuda.empty_cache()
     return Finished(output, masters)
@@ -57,13 +59,19 @@ def finish(run: Run, trained: Evaluation, finished: Finished, *, say: Say) -> No
     _say_onward(run, say)
 
 
-def make_room(network: nn.Module, device: torch.device, num_bytes: int, *, say: Say) -> None:
-    """Moves the trained network to the host where the card has no room for `num_bytes` beside it: a card that training
-    fills as planned would otherwise run out of memory after the last step. The export is then made on the host."""
+def make_room(
+    network: nn.Module, device: torch.device, num_bytes: int, *, limit_gib: float | None = None, say: Say
+) -> None:
+    """Moves the trained network to the host where the card, or the limit on it, has no room for `num_bytes` beside it:
+    a card that training fills as planned would otherwise run out of memory after the last step. The export is then made
+    on the host."""
     if device.type != "cuda":
         return
     free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    allocated = torch.cuda.memory_allocated(device)
+    free += torch.cuda.memory_reserved(device) - allocated
+    if limit_gib is not None:
+        free = min(free, int(limit_gib * 2**30) - allocated)
     if num_bytes > free:
         say(
             f"{device} has no room for the exported model ({num_bytes / 2**30:.2f} GiB) beside the trained one "
@@ -94,8 +102,9 @@ def _export(run: Run, trained: Evaluation, finished: Finished, say: Say) -> nn.M
         say(f"{run.directory} holds an export of this step already: nothing was trained since, nothing is written")
         return run.engine.network
     planned = plan(config, vocab_size=int(run.model_config.vocab_size)).entries
-    # and as much again as one layer takes, for the evaluation
-    make_room(run.engine.network, run.engine.device, planned["export_model"] + 2 * planned["export_workspace"], say=say)
+    needed = planned["export_model"] + 2 * planned["export_workspace"]  # as much again for the evaluation
+    limit_gib = config.train.memory_limit_gib
+    make_room(run.engine.network, run.engine.device, needed, limit_gib=limit_gib, say=say)
     report = export_model(
         run.engine.network,
         model_config=run.model_config,

@@ -331,7 +331,8 @@ def check_memory(
     """One line on the memory that each rank will need, and a warning if the device, or train.memory_limit_gib, has
     less, with the nearest settings that fit. Raises ConfigError if what stays alone is more."""
     zero = None if ds_options is None else zero_of(ds_options, world_size)
-    asker = Asker(config, vocab_size=int(model_config.vocab_size), zero=zero)
+    on_device = dataclasses.replace(config, train=dataclasses.replace(config.train, device=device.type))
+    asker = Asker(on_device, vocab_size=int(model_config.vocab_size), zero=zero)
     planned = asker.plan()
     each = f" on each of {world_size} ranks" if world_size > 1 else ""
     say(f"planned memory{each}: {planned.summary()}")
@@ -379,7 +380,7 @@ def load_model(
     if config.train.lean_activations:
         say(lean.install(model, kernels=config.model.kernels).describe())
     loss = head.install(model, kernels=config.model.kernels)
-    if loss.whole_logits is not None or loss.kernels != config.model.kernels:
+    if loss.whole_logits is not None or config.model.kernels != "torch":
         say(loss.describe())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"trained parameters: {trained:,}; adapted weights in {config.loqt.quantize_w}")

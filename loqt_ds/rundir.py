@@ -30,6 +30,8 @@ _FREE_ON_RESUME = (
     "output_dir",
     "name",
     "train.device",
+    "train.memory_limit_gib",
+    "optim.layerwise",
     "train.collective_timeout_seconds",
     "data.cache_dir",
     "data.num_processes",
@@ -195,7 +197,9 @@ def compare_options(
 ) -> None:
     """Refuses options that differ from the checkpoint's; a longer or shorter run, another number of ranks and another
     engine are allowed and said."""
-    saved, given = flatten(checkpoint.metadata["config"]), flatten(config.to_dict())
+    # An option that was not there yet when the checkpoint was written had what is its default now.
+    saved = flatten(Config().to_dict()) | flatten(checkpoint.metadata["config"])
+    given = flatten(config.to_dict())
     # What is held out of a stream depends on how much is evaluated.
     strict = ("eval.max_tokens",) if config.data.streaming else ()
     for name in sorted(saved.keys() | given.keys()):

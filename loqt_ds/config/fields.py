@@ -147,7 +147,8 @@ class OptimConfig:
     bf16 keeps none (2 bytes) and rounds stochastically."""
     layerwise: bool = False
     """Update every parameter inside the backward pass as soon as its gradient is there, so that gradients never exist
-    all at once; the updates are the same, bit for bit. With gradient accumulation one gradient of every parameter is
+    all at once; the updates are the same, bit for bit, but where a gradient is not finite: then only its own parameter
+    is skipped, others have been updated. With gradient accumulation one gradient of every parameter is
     kept from micro-batch to micro-batch, as without this option, and freed in the last one's backward. Clipping by the
     norm of all gradients is not possible; train.max_grad_norm_per_parameter is."""
     schedule: Literal["cosine", "linear", "constant", "cosine_rewarmup"] = "cosine"
@@ -190,7 +191,7 @@ class TrainConfig:
     """auto (CUDA where there is one), cpu, cuda, or cuda:N."""
     memory_limit_gib: float | None = None
     """Memory of the device that this run may use, GiB; null: all of it. A plan above it is told before weights are made
-    or refused; on CUDA an allocation beyond it fails."""
+    or refused; on CUDA torch's allocator fails beyond it."""
     collective_timeout_seconds: int = 1800
     """How long ranks that train together wait for one another before they take the missing one for lost."""
 

@@ -8,9 +8,9 @@ finds it block after block with a running maximum. All of it is in float32 but t
 the dtype of H and W, as a linear module makes them.
 
 A block takes all tokens, up to `MAX_ROWS`, and as many vocabulary entries as its size allows, rather than a few tokens
-and the whole vocabulary: the gradient of W is then one product per entry, rounded once, and what is added up from block
-to block is the gradient of H, for which a float32 copy is small. (With chunks of tokens the gradient of W would be
-rounded to bf16 after each, or need a float32 copy of W's size.)
+and the whole vocabulary: the gradient of W is then one product for up to `MAX_ROWS` tokens, rounded once, and what is
+added up from block to block is the gradient of H, for which a float32 copy is small. (With chunks of few tokens the
+gradient of W would be rounded to bf16 after each, or need a float32 copy of W's size.)
 
     legend: T tokens, V vocabulary, h hidden; H (T, h), W (V, h), b (V,), y (T,)
 """

@@ -195,7 +195,7 @@ class SingleEngine:
         def hook(_: Tensor) -> None:
             if not self._in_last_micro_batch:
                 return  # the gradient stays, and the next micro-batch's is added to it
-            # A layer that is not updated stays as it is; the controller reports it when the step ends.
+            # Of a layer that is not updated the controller decides when the step ends, by what its tap has gathered.
             if self._update_at_once(name) and layer is not None:
                 self.controller.gradient_complete(layer)
                 self.controller.apply(layer)

@@ -37,7 +37,8 @@ from loqt_ds.method.linear import LoQTLinear
 from loqt_ds.optim import UPDATE_PIECE
 
 GIB = 2**30
-CONTEXT_BYTES = GIB  # a CUDA context and what the allocator keeps to itself; on a CPU, interpreter and libraries
+CONTEXT_BYTES = GIB  # a CUDA context and what the allocator keeps to itself
+INTERPRETER_BYTES = GIB // 2  # on a CPU: Python and the libraries
 
 LABELS = {
     "weights_w": "W, packed",
@@ -281,7 +282,7 @@ def plan(
         "masters": 4 * sum(p.numel() for p in trained) if dtype != torch.float32 and _has_masters(config) else 0,
         "moments": sum(moment_bytes(parameter.numel(), optimizer=config.optim.name) for parameter in trained),
         "buffers": sum(b.numel() * b.dtype.itemsize for b in model.buffers() if id(b) not in packed),
-        "context": CONTEXT_BYTES,
+        "context": INTERPRETER_BYTES if config.train.device == "cpu" else CONTEXT_BYTES,
         "start_workspace": 4 * max(largest, *(parameter.numel() for parameter in facts.others.values()), 0),
         "gradients": 0 if updates_at_once else _size(trained),
         "new_gradient": max(_size([parameter]) for parameter in trained),

@@ -235,6 +235,8 @@ def _try_model(model: nn.Module, stock: Callable[..., Any], head: nn.Module | No
         return whole(f"{name} does not say which module makes its logits")
     if type(head) is not nn.Linear:
         return whole(f"the output head of {name} is {type(head).__name__}, not nn.Linear")
+    if not isinstance(vars(head).get("forward"), _HeadForward | None):
+        return whole(f"the output head of {name} has been given another forward")
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 3, head.in_features, generator=draw).to(head.weight.dtype)
     # Large ones too, so that a cap shows.

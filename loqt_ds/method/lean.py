@@ -38,6 +38,18 @@ from torch import Tensor, nn
 from loqt_ds.config import ConfigError
 from loqt_ds.method.recompute import Autocast, Computation, attach_recipe, recomputed
 
+# Activations that are no modules.
+_FUNCTIONS = (
+    nn.functional.silu,
+    nn.functional.gelu,
+    nn.functional.relu,
+    nn.functional.mish,
+    nn.functional.sigmoid,
+    nn.functional.tanh,
+    torch.relu,
+    torch.sigmoid,
+    torch.tanh,
+)
 # Weight normalization and its kind reshape parameters, they do not normalize activations.
 _NORM_NAME = re.compile(r"(?<!weight)(?<!spectral)norm(?!al|ed)", re.IGNORECASE)
 _MLP_NAME = re.compile(r"mlp|feed_?forward|ffn", re.IGNORECASE)
@@ -96,7 +108,7 @@ def install(model: nn.Module, *, kernels: str = "torch") -> LeanReport:
             if _is_plain_activation(getattr(module, parts.act)):
                 forward = (_LigerMlpForward.of(module, parts) if liger else None) or _MlpForward(module, parts)
         elif _MLP_NAME.search(type(module).__name__) and _has_linear(module):
-            acts = {key: child for key, child in module.named_children() if _is_known_activation(child)}
+            acts = {key: child for key, child in module.named_children() if _is_plain_activation(child)}
             found = [f"{name}.{key}" for key, child in acts.items() if _replace(child, _LeafForward(child))]
             report.activations += found
             report.left += [] if found else [name]
@@ -247,18 +259,15 @@ def _call_of(node: ast.expr | None, me: str) -> tuple[str | None, ast.expr | Non
 
 
 def _is_plain_activation(act: Any) -> bool:
-    """Whether it is a function of its input and its own parameters, and leaves the input as it is."""
+    """Whether it is one of torch's or transformers', a function of its input and its own parameters, and leaves the
+    input as it is. (Others may draw random numbers, or have parameters elsewhere.)"""
     if not isinstance(act, nn.Module):
-        return callable(act)
+        return act in _FUNCTIONS
+    if type(act).__module__ not in ("torch.nn.modules.activation", "transformers.activations"):
+        return False
     if isinstance(act, nn.RReLU | nn.modules.dropout._DropoutNd) or getattr(act, "inplace", False):
         return False
     return not any(True for _ in act.children()) and not any(True for _ in act.buffers())
-
-
-def _is_known_activation(module: nn.Module) -> bool:
-    """Whether it is an activation at all, of torch or transformers, and plain."""
-    known = type(module).__module__ in ("torch.nn.modules.activation", "transformers.activations")
-    return known and _is_plain_activation(module)
 
 
 def _has_linear(module: nn.Module) -> bool:
@@ -306,7 +315,9 @@ class _MlpForward(_Forward):
 
 
 def _source(function: Callable[..., Any]) -> ast.FunctionDef | None:
-    """The definition of a function, without its docstring; None where it cannot be read, or is decorated."""
+    """The definition of a function, without its docstring; None where it cannot be read, or is decorated or wrapped."""
+    if hasattr(function, "__wrapped__"):
+        return None  # its source would be that of what is wrapped
     try:
         (node,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
     except (OSError, TypeError, SyntaxError, ValueError):

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from loqt_ds.core.compensation import merge
 from loqt_ds.core.quantization import Packed, QuantSpec, dequantize, dequantized, packed_layout
-from loqt_ds.method.recompute import Recipe, recipe_of
+from loqt_ds.method.recompute import Recipe, kept_inputs, recipe_of
 
 Tap = Callable[[Tensor, Tensor], None]
 
@@ -70,7 +70,7 @@ class _LoQTLinearFunction(torch.autograd.Function):
         layer: LoQTLinear = ctx.layer
         if ctx.versions != layer.versions():
             raise RuntimeError("W or P of a LoQTLinear was rewritten between its forward and its backward")
-        factor, projected, *inputs = ctx.saved_tensors
+        factor, projected, *inputs = kept_inputs(ctx, ctx.compute_x)
         dy = grad_output.reshape(-1, layer.out_features)  # (T, out)
         dtype = dy.dtype
         need_x, need_factor, need_bias = ctx.needs_input_grad[:3]

@@ -71,7 +71,7 @@ class Computation:
 class Recipe(NamedTuple):
     """How to compute a tensor again: `computation(*tensors)`."""
 
-    computation: Callable[..., Tensor]
+    computation: Computation
     tensors: tuple[Tensor, ...]
     versions: tuple[int, ...]  # of the tensor itself and of `tensors`, when it was computed
 
@@ -80,7 +80,7 @@ class Recipe(NamedTuple):
         return type(None), ()
 
 
-def attach_recipe(value: Tensor, computation: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> Tensor:
+def attach_recipe(value: Tensor, computation: Computation, tensors: tuple[Tensor, ...]) -> Tensor:
     """Notes on `value` that it is `computation(*tensors)`, which are kept for the backward anyway; returns it."""
     setattr(value, _ATTRIBUTE, Recipe(computation, tensors, _versions(value, tensors)))
     return value
@@ -107,7 +107,29 @@ def recomputed(function: Callable[..., Tensor], module: nn.Module, *inputs: Tens
     parameters = {name: p for name, p in module._parameters.items() if p is not None}
     computation = Computation(function, module, tuple(parameters), Autocast.now(inputs[0].device.type))
     tensors = (*inputs, *parameters.values())
-    return attach_recipe(_Recomputed.apply(computation, *tensors), computation, tensors)
+    value = _Recomputed.apply(computation, *tensors)
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"{type(module).__name__} gives {type(value).__name__}, not one tensor; a model that has it needs "
+            "train.lean_activations=false"
+        )
+    return attach_recipe(value, computation, tensors)
+
+
+def kept_inputs(ctx: Any, computation: Computation | None) -> tuple[Tensor, ...]:
+    """What a function has saved for its backward, the inputs of a computation among it. Raises RuntimeError, with the
+    remedy, where they have been changed in place since."""
+    try:
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+    except RuntimeError as error:
+        if computation is None or "inplace" not in str(error):
+            raise
+        kind = type(computation.module).__name__
+        raise RuntimeError(
+            f"the model changes the input of a {kind} in place, which is kept for the backward; a model that does so "
+            f"needs train.lean_activations=false ({error})"
+        ) from error
+    return saved
 
 
 class _Recomputed(torch.autograd.Function):
@@ -123,16 +145,7 @@ class _Recomputed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[1:]
-        try:
-            saved = ctx.saved_tensors
-        except RuntimeError as error:
-            if "inplace" not in str(error):
-                raise
-            kind = type(ctx.computation.module).__name__
-            raise RuntimeError(
-                f"the model changes the input of a {kind} in place, which is kept for the backward; a model that does "
-                f"so needs train.lean_activations=false ({error})"
-            ) from error
+        saved = kept_inputs(ctx, ctx.computation)
         with torch.enable_grad():
             tensors = [t.detach().requires_grad_(w) for t, w in zip(saved, wanted, strict=True)]
             # The edge in place of the output, which is not kept for its own gradient.

@@ -270,3 +270,12 @@ def test_kernels_that_cannot_run_are_refused() -> None:
     assert not head.is_installed(model)
     with pytest.raises(ConfigError, match=r"model\.kernels='cuda' does not exist"):
         head.install(model, kernels="cuda")
+
+
+def test_a_head_with_another_forward_keeps_it() -> None:
+    model, given = make("llama"), batch()
+    stock = model.lm_head.forward
+    model.lm_head.forward = lambda x: 3 * stock(x)
+    expected = stock_loss(model, given).item()
+    assert "another forward" in str(head.install(model).whole_logits)
+    assert model(**given).item() == pytest.approx(expected, rel=1e-6)

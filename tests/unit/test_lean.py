@@ -4,6 +4,7 @@ same model without them."""
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import weakref
 from collections.abc import Callable
@@ -623,3 +624,73 @@ def test_which_modules_ligers_kernels_compute():
     mlp, other = LlamaMLP(config), LlamaMLP(AutoConfig.for_model("llama", **SHAPE, hidden_act="gelu"))
     parts = lean._gated_parts(LlamaMLP.forward)
     assert lean._LigerMlpForward.of(mlp, parts) is not None and lean._LigerMlpForward.of(other, parts) is None
+
+
+def test_activations_that_are_not_torchs_or_transformers_are_left():
+    """They may have parameters elsewhere, or draw random numbers, which a second computation would draw again."""
+
+    class Trained(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up, self.down = nn.Linear(6, 10), nn.Linear(6, 10), nn.Linear(10, 6)
+            self.beta = nn.Parameter(torch.ones(10))
+
+        def act(self, x: Tensor) -> Tensor:
+            return nn.functional.dropout(x * torch.sigmoid(self.beta * x), 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.act(self.gate(x)) * self.up(x))
+
+    class Drawing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.dropout(nn.functional.silu(x), 0.5)
+
+    drawing = LlamaMLP(AutoConfig.for_model("llama", **SHAPE))
+    drawing.act_fn = Drawing()
+    stock = nn.ModuleDict({"trained": Trained(), "drawing": drawing})
+    ours = copy.deepcopy(stock)
+    assert lean.install(ours).left == ["trained", "drawing"]
+    for name, width in (("trained", 6), ("drawing", 64)):
+        x = torch.randn(5, width)
+        for model in (stock, ours):
+            torch.manual_seed(1)
+            model[name](x).square().sum().backward()
+    for expected, actual in zip(stock.parameters(), ours.parameters(), strict=True):
+        assert expected.grad is not None and torch.equal(expected.grad, actual.grad)
+
+
+def test_a_forward_that_was_wrapped_is_called(monkeypatch):
+    stock, calls = LlamaMLP.forward, []
+
+    @functools.wraps(stock)
+    def wrapper(self: LlamaMLP, x: Tensor) -> Tensor:
+        calls.append(1)
+        return 2 * stock(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", wrapper)
+    model = nn.Sequential(LlamaMLP(AutoConfig.for_model("llama", **SHAPE)))
+    x = torch.randn(3, 64)
+    expected = model(x)
+    lean.install(model)
+    assert torch.equal(model(x), expected) and len(calls) == 2
+
+
+def test_a_normalization_that_gives_two_tensors_is_refused_with_the_remedy():
+    class PairNorm(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x * 2, x
+
+    model = nn.Sequential(PairNorm())
+    lean.install(model)
+    with pytest.raises(ValueError, match="PairNorm gives tuple.*train.lean_activations=false"):
+        model(torch.randn(3, 4, requires_grad=True))
+
+
+@pytest.mark.parametrize("tapped", [False, True])
+def test_a_kept_input_that_is_changed_in_place_is_told_with_the_remedy(tapped):
+    norm, layer = make_block()[0], make_layer(24, 24, 1)
+    layer.tap = (lambda dy, x: None) if tapped else None
+    x = torch.randn(5, 24, requires_grad=True) * 1.0
+    x += layer(norm(x))
+    with pytest.raises(RuntimeError, match="LlamaRMSNorm in place.*train.lean_activations=false"):
+        x.sum().backward()

@@ -203,25 +203,27 @@ def test_a_run_says_its_plan_and_keeps_to_its_limit(shape: str) -> None:
         check_memory(config, planned_model(config)[0], torch.device("cpu"), None, 1, say=lines.append)
         return lines
 
-    assert len(said()) == 1 and said()[0].startswith("planned memory: 1.0") and "re-initialization 1.0" in said()[0]
+    assert len(said()) == 1 and said()[0].startswith("planned memory: 0.5") and "re-initialization 0.5" in said()[0]
     assert "keeps a gradient of every parameter" in said("optim.layerwise=true")[1]
-    assert "warning: train.memory_limit_gib=0.9," in said("train.memory_limit_gib=0.9")[1]
+    assert "warning: train.memory_limit_gib=0.51," in said("train.memory_limit_gib=0.51")[1]
     with pytest.raises(ConfigError, match="train.memory_limit_gib=0.0001: less than"):
         said("train.memory_limit_gib=0.0001")
 
 
-@pytest.mark.parametrize("free", [1000, 99])
-def test_a_full_card_exports_from_the_host(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+@pytest.mark.parametrize(("free", "limit"), [(1000, None), (99, None), (1000, 120), (1000, 119)])
+def test_a_full_card_exports_from_the_host(monkeypatch: pytest.MonkeyPatch, free: int, limit: int | None) -> None:
+    limit_gib = None if limit is None else limit / 2**30
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free - 10, 10**9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 30)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
     network, said = torch.nn.Linear(2, 2, device="meta"), list[str]()
     moved: list[Any] = []
     monkeypatch.setattr(network, "to", moved.append)
-    make_room(network, torch.device("cuda", 0), 100, say=said.append)
-    assert (moved, len(said)) == (([], 0) if free == 1000 else (["cpu"], 1))
-    make_room(network, torch.device("cpu"), 100, say=said.append)
-    assert len(said) == (free != 1000)
+    make_room(network, torch.device("cuda", 0), 100, limit_gib=limit_gib, say=said.append)
+    fits = free == 1000 and limit != 119
+    assert (moved, len(said)) == (([], 0) if fits else (["cpu"], 1))
+    make_room(network, torch.device("cpu"), 100, limit_gib=limit_gib, say=said.append)
+    assert len(said) == (not fits)
 
 
 # ---------------------------------------------------------------- the machine
