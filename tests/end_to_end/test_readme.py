@@ -121,7 +121,7 @@ def run_command(words: list[str], clone: Path) -> None:
         else:
             run_training(words, clone)
     elif program == "python" and rest[0] == "tools/plan_memory.py":
-        assert "a card of 24 GB" in run_as_it_is(words, clone).output
+        assert "24 GiB: fits" in run_as_it_is(words, clone).output
     elif program == "python" and rest[0] == "tools/export.py":
         assert "reloaded with transformers" in run_as_it_is(words, clone).output
         assert (clone / rest[rest.index("--output") + 1] / "config.json").is_file()
