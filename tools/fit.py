@@ -185,6 +185,7 @@ def measure(cell: Cell, result: Path, *, cap_gib: float | None, num_steps: int, 
     device = torch.device("cuda", 0) if cell.device == "cuda" else torch.device("cpu")
     config = cell.config(result.parent, overrides)
     say(f"planned {plan(config).total_gib:.2f} GiB")
+    where = machine(device)  # before the repository may change
     memory = Memory(device)
     if cap_gib is not None and device.type == "cuda":
         memory.cap(cap_gib)
@@ -225,7 +226,7 @@ def measure(cell: Cell, result: Path, *, cap_gib: float | None, num_steps: int, 
         "steps": steps,
         "tokens_per_second": cell.tokens * len(ordinary) / sum(ordinary) if ordinary else None,
         "components": components(model, engine),
-        "machine": machine(device),
+        "machine": where,
     }
     partial = result.with_suffix(".part")
     partial.write_text(json.dumps(record, indent=1) + "\n")
