@@ -311,13 +311,16 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         cell, peaks, planned = line["cell"], line["phases"], line["planned_phases"]
         exact = "as planned" if not line["components_off"] else f"differs: {', '.join(line['components_off'])}"
         speed = line["tokens_per_second"]
+        losses = [f"{loss:.2f}" for loss in line["losses"]]
+        if len(losses) > 6:
+            losses = [*losses[:3], "...", *losses[-3:]]
         rows.append(
             f"| {Path(cell['shape']).stem} r{cell['rank']} {cell['device']} | {cell['tokens']} | "
             f"{' / '.join(f'{peaks[name]:.2f}' for name in PHASES)} | "
             f"{' / '.join(f'{planned[name]:.2f}' for name in PHASES)} | "
             f"{line['ratio']:.3f} | {line['stays']:.2f}, {exact} | "
-            f"{' '.join(f'{loss:.2f}' for loss in line['losses'])} | "
-            f"{', '.join(f'{s:.0f}' for s in line['seconds_reinit'])} | {'' if speed is None else f'{speed:.1f}'} |"
+            f"{' '.join(losses)} | {', '.join(f'{s:.0f}' for s in line['seconds_reinit'][:3])} | "
+            f"{'' if speed is None else f'{speed:.1f}'} |"
         )
     return "\n".join(rows)
 
