@@ -85,9 +85,7 @@ class Cell:
     def name(self) -> str:
         return f"{Path(self.shape).stem}_r{self.rank}_t{self.tokens}_{self.device}"
 
-    def config(self, work: Path, overrides: Sequence[str] = ()) -> Config:
-        recipe = work / "fit.yaml"
-        recipe.write_text(RECIPE)
+    def config(self, overrides: Sequence[str] = ()) -> Config:
         rows, length = (self.tokens // ROW, ROW) if self.tokens > ROW else (1, self.tokens)
         if rows * length != self.tokens:
             raise ValueError(f"--tokens {self.tokens} is no multiple of {ROW}; give at most {ROW}, or a multiple of it")
@@ -99,7 +97,10 @@ class Cell:
             f"train.device={self.device}",
             *(CUDA_OPTIONS if self.device == "cuda" else CPU_OPTIONS),
         ]
-        return load_config(recipe, [*options, *overrides])
+        with tempfile.TemporaryDirectory() as folder:
+            recipe = Path(folder) / "fit.yaml"
+            recipe.write_text(RECIPE)
+            return load_config(recipe, [*options, *overrides])
 
 
 # ---------------------------------------------------------------- one cell, in a process of its own
@@ -183,7 +184,7 @@ def measure(cell: Cell, result: Path, *, cap_gib: float | None, num_steps: int, 
         print(f"{cell.name} {time.perf_counter() - began:7.1f} s  {text}", flush=True)
 
     device = torch.device("cuda", 0) if cell.device == "cuda" else torch.device("cpu")
-    config = cell.config(result.parent, overrides)
+    config = cell.config(overrides)
     say(f"planned {plan(config).total_gib:.2f} GiB")
     where = machine(device)  # before the repository may change
     memory = Memory(device)
@@ -270,18 +271,12 @@ def _gib(peak: dict[str, int]) -> str:
 # ---------------------------------------------------------------- all cells
 
 
-def planned_config(record: dict[str, Any]) -> Config:
-    """The configuration of a measurement."""
-    with tempfile.TemporaryDirectory() as folder:
-        return Cell(**record["cell"]).config(Path(folder), record["overrides"])
-
-
 def summarize(record: dict[str, Any]) -> dict[str, Any]:
     """One line of the table: measured peaks beside those that the planner gives now, GiB."""
     kind = "resident" if record["cell"]["device"] == "cpu" else "driver"
     peaks = {phase: peak[kind] for phase, peak in record["peaks"].items()}
     highest = max(record["peaks"].values(), key=lambda peak: peak[kind])
-    planned = plan(planned_config(record))
+    planned = plan(Cell(**record["cell"]).config(record["overrides"]))
     differing = [name for name, num in record["components"].items() if num != planned.entries[name]]
     return {
         "cell": record["cell"],
@@ -328,10 +323,9 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 def plan_table(cells: Sequence[Cell], overrides: Sequence[str]) -> str:
     """Planned peaks in GiB as Markdown: a line for each shape and rank, a column for each number of tokens."""
     peaks: dict[tuple[str, int], dict[int, float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for cell in cells:
-            total = plan(cell.config(Path(folder), overrides)).total_gib
-            peaks.setdefault((Path(cell.shape).stem, cell.rank), {})[cell.tokens] = total
+    for cell in cells:
+        total = plan(cell.config(overrides)).total_gib
+        peaks.setdefault((Path(cell.shape).stem, cell.rank), {})[cell.tokens] = total
     columns = sorted({cell.tokens for cell in cells})
     rows = [f"| GiB | {' | '.join(f'T={number}' for number in columns)} |", "|---" * (len(columns) + 1) + "|"]
     for (shape, rank), planned in sorted(peaks.items(), key=lambda item: (len(item[0][0]), item[0])):
@@ -455,7 +449,7 @@ def chosen_cells(options: argparse.Namespace) -> list[Cell]:
         chosen = [(shape, rank, number) for shape in shapes for rank in ranks for number in tokens]
     cells = [Cell(shape, rank, tokens, device) for shape, rank, tokens in chosen]
     for cell in cells:
-        plan(cell.config(options.work, options.overrides))  # refuses what does not fit the model
+        plan(cell.config(options.overrides))  # refuses what does not fit the model
     return cells
 
 
