@@ -343,21 +343,23 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
 
     lines = [summarize(record) for record in records]
     names = [f"{Path(line['cell']['shape']).stem} r{line['cell']['rank']} t{line['cell']['tokens']}" for line in lines]
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.7 * len(lines)))
+    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.7 * len(lines)))
     left = [0.0] * len(lines)
     positions = list(range(len(lines)))
     for component in records[0]["components"]:
         widths = [record["components"][component] / GIB for record in records]
+        if not any(widths):
+            continue
         axes.barh([p - 0.2 for p in positions], widths, 0.36, left=left, label=LABELS[component])
         left = [start + width for start, width in zip(left, widths, strict=True)]
     rest = [line["measured"] - start for line, start in zip(lines, left, strict=True)]
-    axes.barh([p - 0.2 for p in positions], rest, 0.36, left=left, label="comes and goes, at the peak", color="0.8")
+    axes.barh([p - 0.2 for p in positions], rest, 0.36, left=left, label="comes and goes, and the interpreter", color="0.8")
     planned = [line["planned"] for line in lines]
     axes.barh([p + 0.2 for p in positions], planned, 0.36, label="planned", color="0.4")
     axes.set_yticks(positions, names)
     axes.invert_yaxis()
     axes.set_xlabel("GiB")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
