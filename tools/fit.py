@@ -353,7 +353,8 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
         axes.barh([p - 0.2 for p in positions], widths, 0.36, left=left, label=LABELS[component])
         left = [start + width for start, width in zip(left, widths, strict=True)]
     rest = [line["measured"] - start for line, start in zip(lines, left, strict=True)]
-    axes.barh([p - 0.2 for p in positions], rest, 0.36, left=left, label="comes and goes, and the interpreter", color="0.8")
+    label = "comes and goes, and the interpreter"
+    axes.barh([p - 0.2 for p in positions], rest, 0.36, left=left, label=label, color="0.8")
     planned = [line["planned"] for line in lines]
     axes.barh([p + 0.2 for p in positions], planned, 0.36, label="planned", color="0.4")
     axes.set_yticks(positions, names)
