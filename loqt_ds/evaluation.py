@@ -73,11 +73,11 @@ def evaluate(
         head.install(model)
     was_training = model.training
     model.eval()
-    total, count = torch.zeros((), dtype=torch.float64), 0
+    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
     try:
         for batch in islice(batches, ranks.rank, None, ranks.world_size):
             inputs, targets = model_inputs(batch, device)
-            total += summed_loss(model, inputs, targets).double().cpu()
+            total += summed_loss(model, inputs, targets).double()
             count += num_predicted(batch)
             if tick is not None:
                 tick()

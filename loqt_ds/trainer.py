@@ -11,6 +11,7 @@ import math
 import resource
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,7 +19,7 @@ import torch
 
 from loqt_ds.checkpoint import Checkpoint, save_checkpoint
 from loqt_ds.config import Config
-from loqt_ds.data import DataBundle
+from loqt_ds.data import DataBundle, StepBatches
 from loqt_ds.engines.base import Engine, StepReport
 from loqt_ds.evaluation import Evaluation, evaluate, model_inputs, num_predicted, summed_loss
 from loqt_ds.metrics import MetricsLogger
@@ -58,6 +59,9 @@ class Trainer:
         self._config, self._engine, self._data, self._logger = config, engine, data, logger
         self._ranks = engine.ranks
         self._checkpoints, self._extra, self._directories = checkpoints, extra_metadata, directories
+        self._batches = StepBatches(
+            data.train, num_micro_batches=config.train.gradient_accumulation_steps, device=engine.device
+        )
         self._num_tokens = 0  # predicted tokens so far, over all ranks
         self._num_skipped, self._skipped_in_a_row = 0, 0
         self._last_checkpoint: Path | None = None
@@ -70,7 +74,7 @@ class Trainer:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continues from a checkpoint: weights, factors, optimizer, data position, random state, counters."""
         self._engine.restore(checkpoint)
-        self._data.train.load_state_dict(checkpoint.metadata["data"])
+        self._batches.load_state_dict(checkpoint.metadata["data"])
         self._num_tokens = int(checkpoint.metadata["num_tokens"])
         self._num_skipped = int(checkpoint.metadata["num_skipped"])
         self._skipped_in_a_row = int(checkpoint.metadata["skipped_in_a_row"])
@@ -84,7 +88,7 @@ class Trainer:
         """
         config = self._config
         evaluated: Evaluation | None = None
-        with StopRequests() as requests:
+        with StopRequests() as requests, closing(self._batches):
             if self._last_checkpoint is None:
                 self._save()
             self._window = _Window()
@@ -108,12 +112,11 @@ class Trainer:
 
         Raises on all ranks if one was asked to stop (the run is saved first) or has no batch.
         """
-        position = self._data.train.state_dict()
+        position = self._batches.state_dict()
         batches: list[dict[str, torch.Tensor]] = []
         problem: Exception | None = None
         try:
-            for _ in range(self._config.train.gradient_accumulation_steps):
-                batches.append(self._data.train.next_batch())
+            batches = self._batches.take(is_last=self._engine.step_index + 1 >= self._config.train.max_steps)
         except Exception as error:
             problem = self._no_batch(error)
         own_tokens = sum(num_predicted(batch) for batch in batches)
@@ -138,10 +141,10 @@ class Trainer:
         failed.__cause__ = error
         return failed
 
-    def _train_step(self, batches: list[dict[str, torch.Tensor]], num_tokens: int) -> tuple[StepReport, torch.Tensor]:
+    def _train_step(self, batches: list[dict[str, torch.Tensor]], num_tokens: int) -> tuple[StepReport, HostNumber]:
         """One optimizer step; returns its report and the loss summed over the tokens of all ranks."""
         total = torch.zeros((), device=self._engine.device)
-        report = None
+        loss_of_step, report = None, None
         # Every predicted token of the step weighs the same, however the micro-batches of all ranks are filled; the
         # engine divides by the accumulation steps and takes the mean over ranks.
         weight = len(batches) * self._ranks.world_size / num_tokens
@@ -150,13 +153,15 @@ class Trainer:
             loss = summed_loss(self._engine, inputs, targets)
             self._engine.backward(loss * weight)
             total += loss.detach()
+            if batch is batches[-1]:  # before the update, for which a reader of the loss then need not wait
+                loss_of_step = HostNumber(self._ranks.all_reduce(total.double()))
             report = self._engine.step()
-        assert report is not None
-        return report, self._ranks.all_reduce(total.double())
+        assert report is not None and loss_of_step is not None
+        return report, loss_of_step
 
     # ---------------------------------------------------------------- reporting
 
-    def _record(self, report: StepReport, loss: torch.Tensor, num_tokens: int) -> None:
+    def _record(self, report: StepReport, loss: HostNumber, num_tokens: int) -> None:
         done = report.step + 1
         self._num_tokens += num_tokens
         self._window.add(num_tokens)
@@ -177,7 +182,7 @@ class Trainer:
         self._logger.step(
             {
                 "step": done,
-                "loss": loss.item() / num_tokens,
+                "loss": loss.read() / num_tokens,
                 "lr": report.lr,
                 "lr_full_rank": report.lr_full_rank,
                 "tokens": self._num_tokens,
@@ -217,7 +222,7 @@ class Trainer:
             metadata = self._extra | {
                 "config": self._config.to_dict(),
                 "engine_state": self._engine.saved_state(),
-                "data": self._data.train.state_dict() if position is None else position,
+                "data": self._batches.state_dict() if position is None else position,
                 "world_size": self._ranks.world_size,
                 "num_tokens": self._num_tokens,
                 "num_skipped": self._num_skipped,
@@ -300,6 +305,26 @@ class _Pause:
 
     def __exit__(self, *_: object) -> None:
         self._window._started += time.perf_counter() - self._began
+
+
+class HostNumber:
+    """A number on its way from the device to the host.
+
+    Reading it waits for what was queued before it was made, not for what came after, as `Tensor.item` would.
+    """
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._value = value
+        if value.device.type == "cuda":
+            self._value = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(value.device))
+
+    def read(self) -> float:
+        if self._event is not None:
+            self._event.synchronize()
+        return float(self._value)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -81,7 +81,7 @@ def plant(what: str, *, step: int, count: int = 1, layer: int = 0) -> None:
 
     import loqt_ds.checkpoint.saving as saving
     import loqt_ds.trainer
-    from loqt_ds.data.batches import TrainBatches
+    from loqt_ds.data.prefetch import StepBatches
     from loqt_ds.engines.deepspeed import LoQTEngine
     from loqt_ds.method.controller import Controller
 
@@ -96,22 +96,22 @@ def plant(what: str, *, step: int, count: int = 1, layer: int = 0) -> None:
     elif what == "frozen in a step":  # all its threads
         before(LoQTEngine, "backward", step, end_by(signal.SIGSTOP, what))
     elif what == "hangs between steps":  # the others are in a sum of ours
-        before(TrainBatches, "next_batch", step, sleep(what, 3600))
+        before(StepBatches, "take", step, sleep(what, 3600))
     elif what == "hangs in a step":  # the others are in ZeRO's reduction
         before(LoQTEngine, "backward", step, sleep(what, 3600))
     elif what == "out of data":
-        before(TrainBatches, "next_batch", step, raise_(StopIteration(), what))
+        before(StepBatches, "take", step, raise_(StopIteration(), what))
     elif what == "unreadable file":
-        before(TrainBatches, "next_batch", step, raise_(OSError(errno.EIO, "Input/output error", "data.bin"), what))
+        before(StepBatches, "take", step, raise_(OSError(errno.EIO, "Input/output error", "data.bin"), what))
     elif what == "bug":
-        before(TrainBatches, "next_batch", step, raise_(KeyError("no such thing"), what))
+        before(StepBatches, "take", step, raise_(KeyError("no such thing"), what))
     elif what == "out of memory":  # the others are in ZeRO's reduction
         before(LoQTEngine, "backward", step, raise_(torch.OutOfMemoryError("CUDA out of memory"), what))
     elif what == "one bit":
-        before(TrainBatches, "next_batch", step, lambda *_: flip(what, layer))
+        before(StepBatches, "take", step, lambda *_: flip(what, layer))
     elif what == "slow":  # so that a test can do something while steps are taken
         for later in range(step, step + count):
-            before(TrainBatches, "next_batch", later, sleep(what, 0.5))
+            before(StepBatches, "take", later, sleep(what, 0.5))
     elif what == "NaN":
         summed_loss = loqt_ds.trainer.summed_loss
 
