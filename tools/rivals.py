@@ -1,0 +1,489 @@
+"""Ways to train one model, behind one small protocol: LoQT and what it is compared with.
+
+    contender = build("galore:128", Setup("llama_9m", dtype="fp32"))
+    taken = contender.step(batch)                # forward, backward, update, and the seconds of each
+    taken = contender.step(batch, refresh=True)  # a step that also finds new subspaces
+
+A contender is named by its method and, where it has one, its rank:
+
+    adamw        full rank, torch's fused AdamW
+    adamw8bit    full rank, bitsandbytes' AdamW8bit
+    galore:R     full rank, galore-torch's GaLoreAdamW
+    apollo:R     full rank, apollo-torch's APOLLOAdamW (random projections, a scale for each channel)
+    qlora:R      frozen NF4 weights and PEFT's LoRA adapters, torch's fused AdamW
+    loqt:R       this project, 32-bit AdamW
+    loqt8bit:R   this project, 8-bit AdamW
+    loqtcard:R   loqt8bit as a small card asks for it: layer-wise updates, bf16 without masters
+
+All have transformers' model of the same shape, the same attention and the same loss (`loqt_ds.method.head`), and train
+the same matrices in full rank: embeddings, norms and head, QLoRA's too. What differs is how the linears in between are
+trained. In bf16 the rivals update bf16 weights, as their packages do; LoQT keeps float32 masters of what it trains,
+as is its default (but loqtcard).
+
+The rivals are packages: `pip install -e '.[compare]'`. (APOLLO's licence is CC-BY-NC: it is used for measuring only.)
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from loqt_ds.config import Config, load_config
+from loqt_ds.core.schedules import ReinitSchedule
+from loqt_ds.engines.single import SingleEngine
+from loqt_ds.evaluation import model_inputs, num_predicted
+from loqt_ds.method import head
+from loqt_ds.method.conversion import target_linears
+from loqt_ds.method.description import model_description, training_dtype
+from loqt_ds.ranks import ALONE
+from loqt_ds.run import build_engine, load_model, resolve_config
+
+SCALE = 0.25  # of GaLore's update, its authors' for pretraining; no time depends on it
+
+
+class MissingPackage(ImportError):
+    """A rival's package is not installed."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all contenders of one comparison have in common.
+
+    shape: a name in configs/models, or a file. dtype: fp32 or bf16. num_layers: instead of the shape's own.
+    interval: steps between refreshes; None: in the first step, and when `step` is asked for one.
+    is_large: the refresh of GaLore, an SVD of every matrix, is not made but measured on one matrix of each shape.
+    """
+
+    shape: str
+    dtype: str = "fp32"
+    device: str = "cpu"
+    num_layers: int | None = None
+    lr: float = 1e-3
+    interval: int | None = None
+    is_large: bool = False
+    seed: int = 0
+
+    def config(self, *options: str) -> Config:
+        """A run's configuration with this shape, dtype and device. Raises ConfigError for what there is not."""
+        common = [
+            f"model.shape={self.shape}",
+            f"train.dtype={self.dtype}",
+            f"train.device={self.device}",
+            f"train.seed={self.seed}",
+            "train.max_steps=1000000",
+            f"optim.lr={self.lr}",
+            "optim.schedule=constant",
+            "optim.warmup_steps=0",
+        ]
+        config = load_config(None, [*common, *options])
+        return resolve_config(config, torch.device(self.device))
+
+    def description(self) -> Any:
+        """transformers' configuration of the model."""
+        description = model_description(self.config())
+        if self.num_layers is not None:
+            description.num_hidden_layers = self.num_layers
+        return description
+
+
+@dataclass
+class Taken:
+    """One step. seconds: forward, backward, update. refresh: what finding new subspaces takes, where that was measured
+    beside the step and not in it. gradients: their bytes when the backward was over."""
+
+    loss: float
+    seconds: dict[str, float]
+    gradients: int
+    refresh: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+class Contender(Protocol):
+    """A model that is being trained."""
+
+    name: str
+    model: nn.Module
+
+    def step(self, batch: dict[str, Tensor], *, refresh: bool = False) -> Taken:
+        """Takes one step on a batch of `input_ids` and `targets`, both (rows, length), targets -100 where nothing is
+        predicted. `refresh`: new subspaces are found as well, where the method has any."""
+        ...
+
+    def num_bytes(self) -> dict[str, int]:
+        """Of what stays: weights (what the model holds) and states (what the optimizer holds, masters included)."""
+        ...
+
+
+# ---------------------------------------------------------------- counting
+
+
+def nested(value: Any) -> Iterator[Tensor]:
+    """The tensors in dicts, lists, tuples, and in the attributes of objects of the packages that are measured."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from nested(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from nested(item)
+    elif type(value).__module__.partition(".")[0] in ("galore_torch", "apollo_torch", "bitsandbytes"):
+        yield from nested(vars(value))
+
+
+def size(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind some tensors, each once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Parameters, buffers, and the scales that bitsandbytes keeps beside a 4-bit parameter."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for parameter in model.parameters():
+        tensors += nested(getattr(parameter, "quant_state", None))
+    return size(tensors)
+
+
+def gradient_bytes(model: nn.Module) -> int:
+    return size(parameter.grad for parameter in model.parameters() if parameter.grad is not None)
+
+
+class Clock:
+    """Seconds of one part after another; on CUDA of what the device has finished."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self.seconds = device, {}  # type: tuple[torch.device, dict[str, float]]
+        self._last = self._now()
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def part(self, name: str) -> None:
+        """What went on since the last part was `name`."""
+        now = self._now()
+        self.seconds[name], self._last = now - self._last, now
+
+    def skip(self) -> float:
+        """What went on since the last part is no part; its seconds."""
+        now = self._now()
+        spent, self._last = now - self._last, now
+        return spent
+
+
+# ---------------------------------------------------------------- rivals
+
+
+class Rival:
+    """A model and a torch optimizer.
+
+    Args:
+        optimizer: over those of the model's parameters that are trained.
+    """
+
+    def __init__(self, name: str, setup: Setup, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.name, self.setup, self.model, self.optimizer = name, setup, model.train(), optimizer
+        self.device = torch.device(setup.device)
+        head.install(model)
+
+    def refresh_beside(self) -> float | None:
+        """Called between backward and update of a step that shall refresh; seconds, where it is done outside the
+        step."""
+        return None
+
+    def set_gap(self, refresh: bool) -> None:
+        """Called before a step's update: whether this one refreshes."""
+
+    def step(self, batch: dict[str, Tensor], *, refresh: bool = False) -> Taken:
+        count = num_predicted(batch)
+        clock = Clock(self.device)
+        inputs, targets = model_inputs(batch, self.device)
+        loss = self.model(**inputs, targets=targets) / count
+        clock.part("forward")
+        loss.backward()
+        clock.part("backward")
+        gradients = gradient_bytes(self.model)
+        beside = self.refresh_beside() if refresh else None
+        self.set_gap(refresh)
+        clock.skip()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        clock.part("update")
+        return Taken(loss.item(), clock.seconds, gradients, beside)
+
+    def num_bytes(self) -> dict[str, int]:
+        return {"weights": model_bytes(self.model), "states": size(nested(list(self.optimizer.state.values())))}
+
+
+class Projected(Rival):
+    """GaLore or APOLLO: the optimizer sees the gradients of the linears through a projection.
+
+    Their projector finds a new basis where its own count of steps is divisible by `update_proj_gap`.
+    """
+
+    def _projectors(self) -> Iterator[tuple[Tensor, Any]]:
+        for parameter, state in self.optimizer.state.items():
+            if "projector" in state:
+                yield parameter, state["projector"]
+
+    def set_gap(self, refresh: bool) -> None:
+        if self.setup.interval is None:
+            for _, projector in self._projectors():
+                projector.update_proj_gap = 1 if refresh and not self.setup.is_large else NEVER
+
+    def refresh_beside(self) -> float | None:
+        """Of GaLore, where all matrices would take too long: one of each shape, times how many there are."""
+        if not self.setup.is_large:
+            return None
+        counts: dict[torch.Size, int] = {}
+        found: dict[torch.Size, tuple[Tensor, Any]] = {}
+        for parameter, projector in self._projectors():
+            assert parameter.grad is not None
+            counts[parameter.shape] = counts.get(parameter.shape, 0) + 1
+            found.setdefault(parameter.shape, (parameter.grad, projector))
+        total = 0.0
+        for shape, (gradient, projector) in found.items():
+            side = "right" if shape[0] >= shape[1] else "left"
+            clock = Clock(self.device)
+            extra = {"seed": 1} if hasattr(projector, "seed") else {}
+            projector.get_orthogonal_matrix(gradient, projector.rank, type=side, **extra)
+            total += clock.skip() * counts[shape]
+        return total
+
+    def preset(self) -> None:
+        """Gives every matrix a random basis, so that the first step finds none."""
+        for group in self.optimizer.param_groups:
+            if "rank" not in group:
+                continue
+            for parameter in group["params"]:
+                rows, columns = parameter.shape
+                basis = torch.empty(min(rows, columns), group["rank"], dtype=torch.float32, device=self.device)
+                nn.init.orthogonal_(basis)
+                projector = self._new_projector(group, self.optimizer.state[parameter])
+                projector.ortho_matrix = (basis.T if rows >= columns else basis).to(parameter.dtype).contiguous()
+                self.optimizer.state[parameter] |= {"projector": projector, "step": 1}
+
+    def _new_projector(self, group: dict[str, Any], state: dict[str, Any]) -> Any:
+        optimizer: Any = self.optimizer
+        if hasattr(optimizer, "_initialize_projector"):  # APOLLO
+            return optimizer._initialize_projector(group, state)
+        projector = importlib.import_module("galore_torch.galore_projector").GaLoreProjector
+        names = ("update_proj_gap", "scale", "proj_type")
+        return projector(group["rank"], **{name: group[name] for name in names})
+
+
+NEVER = 2**62
+
+
+def imported(module: str, package: str) -> Any:
+    """A rival's module. Raises MissingPackage."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingPackage(f"{package} is not installed ({error}); pip install -e '.[compare]'") from error
+
+
+def dense_model(setup: Setup) -> nn.Module:
+    """transformers' own, drawn from the seed."""
+    from transformers import AutoModelForCausalLM
+
+    config = setup.config()
+    torch.manual_seed(setup.seed)
+    with torch.device(setup.device):
+        return AutoModelForCausalLM.from_config(
+            setup.description(), dtype=training_dtype(config), attn_implementation=config.model.attention
+        )
+
+
+def adamw(name: str, setup: Setup, rank: int | None) -> Rival:
+    model = dense_model(setup)
+    return Rival(name, setup, model, torch.optim.AdamW(model.parameters(), lr=setup.lr, weight_decay=0.0, fused=True))
+
+
+def adamw8bit(name: str, setup: Setup, rank: int | None) -> Rival:
+    import bitsandbytes
+
+    model = dense_model(setup)
+    return Rival(name, setup, model, bitsandbytes.optim.AdamW8bit(model.parameters(), lr=setup.lr, weight_decay=0.0))
+
+
+def projected(name: str, setup: Setup, rank: int | None) -> Rival:
+    """GaLore or APOLLO, on the linears that LoQT adapts."""
+    is_galore = name.startswith("galore")
+    module = imported("galore_torch", "galore-torch") if is_galore else imported("apollo_torch", "apollo-torch")
+    model = dense_model(setup)
+    matrices = [linear.weight for linear in target_linears(model, "all-linear").values()]
+    chosen = {id(matrix) for matrix in matrices}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+    group: dict[str, Any] = {
+        "params": matrices,
+        "rank": rank,
+        "update_proj_gap": setup.interval or NEVER,
+        "scale": SCALE if is_galore else 1.0,
+        "proj_type": "std",
+    }
+    if not is_galore:
+        group |= {"proj": "random", "scale_type": "channel"}
+    make = module.GaLoreAdamW if is_galore else module.APOLLOAdamW
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # that torch has an AdamW, too
+        optimizer = make([{"params": others}, group], lr=setup.lr, weight_decay=0.0)
+    rival = Projected(name, setup, model, optimizer)
+    if setup.is_large:
+        rival.preset()
+    return rival
+
+
+def freeze_in_nf4(model: nn.Module, linears: dict[str, nn.Linear], device: str) -> None:
+    """Puts bitsandbytes' NF4 linears in the place of linears, with their weights."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for path, linear in linears.items():
+        weight, bias = linear.weight.data, linear.bias
+        out_features, in_features = weight.shape
+        frozen = Linear4bit(in_features, out_features, bias is not None, compute_dtype=weight.dtype, quant_type="nf4")
+        frozen.weight = Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4", module=frozen)
+        frozen.bias = bias
+        model.set_submodule(path, frozen.to(device))  # which quantizes
+
+
+def qlora(name: str, setup: Setup, rank: int | None) -> Rival:
+    """PEFT's LoRA on bitsandbytes' frozen linears; what is no adapted linear is trained, as in the others."""
+    peft = imported("peft", "peft")
+    model = dense_model(setup)
+    targets = target_linears(model, "all-linear")
+    freeze_in_nf4(model, targets, setup.device)
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # PEFT asks
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=list(targets))
+    model = peft.inject_adapter_in_model(config, model)  # freezes all but the adapters
+    frozen_names = {f"{path}.base_layer.weight" for path in targets}
+    for path, parameter in model.named_parameters():
+        if path not in frozen_names:
+            parameter.requires_grad_(True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return Rival(name, setup, model, torch.optim.AdamW(trained, lr=setup.lr, weight_decay=0.0, fused=True))
+
+
+# ---------------------------------------------------------------- LoQT
+
+
+@dataclass(frozen=True)
+class OnDemand(ReinitSchedule):
+    """Due in the first step, and in a step for which `asked` was set."""
+
+    asked: list[bool] = field(default_factory=lambda: [True])
+
+    def is_due(self, step: int) -> bool:
+        return self.asked[0]
+
+
+class LoQT:
+    """What `loqt_ds.run` builds of a configuration, and one step after another of its engine on one device."""
+
+    def __init__(self, name: str, setup: Setup, *options: str) -> None:
+        self.name, self.setup, self.device = name, setup, torch.device(setup.device)
+        schedule = [] if setup.interval is None else ["loqt.schedule=static", f"loqt.interval={setup.interval}"]
+        config = setup.config(*options, *schedule)
+        self.notes: list[str] = []
+        torch.manual_seed(setup.seed)
+        model, original = load_model(
+            config, setup.description(), self.device, ALONE, resumed=False, say=self.notes.append
+        )
+        self.model = model.train()
+        engine = build_engine(config, model, None, original, ALONE)
+        assert isinstance(engine, SingleEngine)
+        self.engine = engine
+        self._on_demand: OnDemand | None = None
+        if setup.interval is None:
+            self._on_demand = OnDemand("never", 1, 1.0)
+            engine.controller.schedule = self._on_demand
+            self._on_demand.asked[0] = True
+
+    def step(self, batch: dict[str, Tensor], *, refresh: bool = False) -> Taken:
+        if self._on_demand is not None and self.engine.step_index:
+            self._on_demand.asked[0] = refresh
+        count = num_predicted(batch)
+        clock = Clock(self.device)
+        inputs, targets = model_inputs(batch, self.device)
+        loss = self.engine(**inputs, targets=targets) / count
+        clock.part("forward")
+        self.engine.backward(loss)
+        clock.part("backward")
+        gradients = gradient_bytes(self.model)
+        clock.skip()
+        report = self.engine.step()
+        clock.part("update")
+        assert report is not None
+        notes = [] if report.applied else ["the update was skipped: a gradient is not finite"]
+        if refresh:
+            assert report.reinit is not None, "a re-initialization was asked for"
+            notes += [f"{layer.name}: {layer.kept}" for layer in report.reinit.layers if layer.kept]
+        return Taken(loss.item(), clock.seconds, gradients, None, notes)
+
+    def num_bytes(self) -> dict[str, int]:
+        states = size(self.engine.saved_tensors()["optimizer"].values())
+        if self.setup.dtype == "fp32":  # then parameters are their own masters
+            shown = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
+            saved = self.engine.saved_tensors()["optimizer"].values()
+            states = size(tensor for tensor in saved if tensor.untyped_storage().data_ptr() not in shown)
+        return {"weights": model_bytes(self.model), "states": states}
+
+
+def loqt(name: str, setup: Setup, rank: int | None) -> LoQT:
+    method = name.partition(":")[0]
+    options = [f"loqt.rank={rank}", f"optim.name={'adamw' if method == 'loqt' else 'adamw8bit'}"]
+    if method == "loqtcard":
+        options += ["optim.layerwise=true", *(["optim.master=bf16"] if setup.dtype == "bf16" else [])]
+    return LoQT(name, setup, *options)
+
+
+# ---------------------------------------------------------------- all
+
+
+METHODS: dict[str, Callable[[str, Setup, int | None], Contender]] = {
+    "adamw": adamw,
+    "adamw8bit": adamw8bit,
+    "galore": projected,
+    "apollo": projected,
+    "qlora": qlora,
+    "loqt": loqt,
+    "loqt8bit": loqt,
+    "loqtcard": loqt,
+}
+FULL_RANK = ("adamw", "adamw8bit")
+
+
+def parse(name: str) -> tuple[str, int | None]:
+    """(method, rank) of a contender's name. Raises ValueError, telling the methods, for a name that says nothing."""
+    method, _, rank = name.partition(":")
+    if method not in METHODS:
+        raise ValueError(f"contender {name!r}: there is no method {method!r}; there are {', '.join(METHODS)}")
+    if (method in FULL_RANK) != (rank == ""):
+        wanted = "takes no rank" if method in FULL_RANK else f"needs a rank, such as {method}:128"
+        raise ValueError(f"contender {name!r}: {method} {wanted}")
+    if rank and not (rank.isdecimal() and int(rank) > 0):
+        raise ValueError(f"contender {name!r}: the rank is {rank!r}; give a positive number")
+    return method, int(rank) if rank else None
+
+
+def build(name: str, setup: Setup) -> Contender:
+    """The contender of a name, on its device, before its first step.
+
+    Raises ValueError for names that say nothing and ranks that do not fit, MissingPackage where a rival is not
+    installed.
+    """
+    method, rank = parse(name)
+    return METHODS[method](name, setup, rank)
