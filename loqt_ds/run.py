@@ -28,7 +28,7 @@ from loqt_ds.data import DataBundle, Tokenizer, build_data, load_or_train_tokeni
 from loqt_ds.engines.base import Engine
 from loqt_ds.engines.single import SingleEngine
 from loqt_ds.failures import Voice
-from loqt_ds.memory import Asker, check_fits, device_bytes, zero_of
+from loqt_ds.memory import Asker, check_fits, device_bytes, needs_lean, zero_of
 from loqt_ds.method import head, lean
 from loqt_ds.method.conversion import (
     WeightSource,
@@ -105,6 +105,7 @@ def prepare(
     is_first = ranks.local_rank == 0
     tokenizer = voice.in_turn(is_first, lambda: load_or_train_tokenizer(config, say))
     model_config = ranks.attempt(lambda: configure_model(config, tokenizer))
+    config = resolve_activations(config, model_config, device, ds_options, ranks, checkpoint)
     ranks.attempt(lambda: check_memory(config, model_config, device, ds_options, ranks.world_size, say=say))
     # A stream is not kept, so that nobody can find what another rank has read.
     data = voice.in_turn(
@@ -316,7 +317,43 @@ def configure_model(config: Config, tokenizer: Tokenizer) -> Any:
     return model_config
 
 
-# ---------------------------------------------------------------- model and engine
+# ---------------------------------------------------------------- memory
+
+
+def _asker(
+    config: Config, model_config: Any, device: torch.device, ds_options: dict[str, Any] | None, world_size: int
+) -> Asker:
+    zero = None if ds_options is None else zero_of(ds_options, world_size)
+    on_device = dataclasses.replace(config, train=dataclasses.replace(config.train, device=device.type))
+    return Asker(on_device, vocab_size=int(model_config.vocab_size), zero=zero)
+
+
+def _capacity(config: Config, device: torch.device) -> tuple[int, str]:
+    """Bytes that a rank may use, and of what."""
+    capacity, limit = device_bytes(device), config.train.memory_limit_gib
+    if limit is not None and limit * 2**30 < capacity:
+        return int(limit * 2**30), f"train.memory_limit_gib={limit:g}"
+    return capacity, f"{device}"
+
+
+def resolve_activations(
+    config: Config,
+    model_config: Any,
+    device: torch.device,
+    ds_options: dict[str, Any] | None,
+    ranks: Ranks,
+    checkpoint: Checkpoint | None,
+) -> Config:
+    """The configuration with train.lean_activations decided, for all ranks alike. Collective.
+
+    A run that was lean stays so: another order of additions would change its last bits.
+    """
+    if config.train.lean_activations != "auto":
+        return config
+    was_lean = checkpoint is not None and checkpoint.metadata["config"]["train"].get("lean_activations") is True
+    asker, (capacity, _) = _asker(config, model_config, device, ds_options, ranks.world_size), _capacity(config, device)
+    is_lean = any(ranks.gather(lambda: was_lean or needs_lean(asker, capacity)))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, lean_activations=is_lean))
 
 
 def check_memory(
@@ -330,23 +367,21 @@ def check_memory(
 ) -> None:
     """One line on the memory that each rank will need, and a warning if the device, or train.memory_limit_gib, has
     less, with the nearest settings that fit. Raises ConfigError if what stays alone is more."""
-    zero = None if ds_options is None else zero_of(ds_options, world_size)
-    on_device = dataclasses.replace(config, train=dataclasses.replace(config.train, device=device.type))
-    asker = Asker(on_device, vocab_size=int(model_config.vocab_size), zero=zero)
+    asker = _asker(config, model_config, device, ds_options, world_size)
     planned = asker.plan()
     each = f" on each of {world_size} ranks" if world_size > 1 else ""
     say(f"planned memory{each}: {planned.summary()}")
     for note in planned.notes:
         say(note)
-    capacity, what = device_bytes(device), f"{device}"
-    limit = config.train.memory_limit_gib
-    if limit is not None and limit * 2**30 < capacity:
-        capacity, what = int(limit * 2**30), f"train.memory_limit_gib={limit:g}"
+    capacity, what = _capacity(config, device)
     check_fits(asker, capacity, what, say=say)
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         if free < planned.total_bytes <= capacity:
             say(f"warning: {free / 2**30:.2f} GiB of {device} are free: other processes hold the rest; end them")
+
+
+# ---------------------------------------------------------------- model and engine
 
 
 def load_model(
@@ -377,7 +412,7 @@ def load_model(
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
         else:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-    if config.train.lean_activations:
+    if config.train.lean_activations is not False:  # auto, where nobody has decided: what needs least
         say(lean.install(model, kernels=config.model.kernels).describe())
     loss = head.install(model, kernels=config.model.kernels)
     if loss.whole_logits is not None or config.model.kernels != "torch":

@@ -32,6 +32,7 @@ _FREE_ON_RESUME = (
     "train.device",
     "train.memory_limit_gib",
     "optim.layerwise",
+    "train.lean_activations",
     "train.collective_timeout_seconds",
     "data.cache_dir",
     "data.num_processes",

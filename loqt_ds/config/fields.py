@@ -184,9 +184,11 @@ class TrainConfig:
     updates can honour. On one device only, and not together with max_grad_norm. null: none."""
     activation_checkpointing: bool = False
     """Recompute each block's activations in backward: less memory, about a third more time."""
-    lean_activations: bool = True
+    lean_activations: bool | Literal["auto"] = "auto"
     """Keep for the backward only what frozen weights need: normalized and activated values are computed again (12 h +
-    4 i + 12 r bytes a token and layer in bf16 instead of 20 h + 8 i + 12 r)."""
+    4 i + 12 r bytes a token and layer in bf16 instead of 20 h + 8 i + 12 r). auto: only where keeping everything, which
+    is a little faster, is planned to take more than four fifths of the device's memory, or of
+    train.memory_limit_gib."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda, or cuda:N."""
     memory_limit_gib: float | None = None

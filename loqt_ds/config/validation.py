@@ -141,7 +141,7 @@ def _check_model(config: Config) -> None:
             f"model.attention=flash_attention_2 needs a CUDA device and bf16, but train.device={config.train.device} "
             f"and train.dtype={config.train.dtype}; use model.attention=sdpa"
         )
-    if model.kernels == "liger" and not config.train.lean_activations:
+    if model.kernels == "liger" and config.train.lean_activations is False:
         raise ConfigError(
             "model.kernels=liger with train.lean_activations=false: Liger's normalization and gated activation keep as "
             "little as lean activations do; set train.lean_activations=true, or model.kernels=torch"

@@ -15,7 +15,7 @@ comes and goes is estimated.
 from loqt_ds.memory.counting import GIB, LABELS, STAYS, MemoryPlan, Zero, describe, plan, planned_model, zero_of
 from loqt_ds.memory.formulas import moment_bytes
 from loqt_ds.memory.machine import device_bytes
-from loqt_ds.memory.questions import Asker, check_fits
+from loqt_ds.memory.questions import Asker, check_fits, needs_lean
 
 __all__ = [
     "GIB",
@@ -28,6 +28,7 @@ __all__ = [
     "Zero",
     "describe",
     "moment_bytes",
+    "needs_lean",
     "plan",
     "planned_model",
     "zero_of",

@@ -110,6 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--card-gib={options.card_gib} is out of range; it must be above 0")
         asker = Asker(config, vocab_size=options.vocab_size, zero=zero)
         lines = asker.plan().lines()
+        if config.train.lean_activations == "auto":
+            lines.append("  train.lean_activations=auto is counted as true; a run with room to spare keeps more")
         each = f" on each of {options.gpus} GPUs" if options.gpus > 1 else ""
         if options.card_gib is not None:
             cards = [(int(options.card_gib * GIB), f"{options.card_gib:g} GiB{each}")]

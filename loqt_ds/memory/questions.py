@@ -19,6 +19,11 @@ from loqt_ds.method.description import training_dtype
 SMALLEST_RANK = 16
 SHORTEST_ROWS = 64
 
+KEEPS_ALL_BELOW = 0.8
+"""Share of the memory up to which train.lean_activations=auto keeps everything: a plan may be wrong by a tenth, and
+another tenth is for what else is on the device and for gaps between allocations. Of all memory, not of what is free
+now, so that the same command computes the same wherever it is started again."""
+
 Levels = list[tuple[str, ...]]  # of one thing to give up, the least first: section.field=value
 
 
@@ -182,7 +187,7 @@ def _shorter_rows(config: Config) -> Levels:
 
 
 _LEVERS: tuple[Callable[[Config], Levels], ...] = (
-    _switch("train.lean_activations", "true", lambda config: not config.train.lean_activations),
+    _switch("train.lean_activations", "true", lambda config: config.train.lean_activations is False),
     _switch("optim.layerwise", "true", lambda config: not config.optim.layerwise),
     _switch("train.dtype", "bf16", lambda config: training_dtype(config).itemsize == 4),
     _switch("optim.name", "adamw8bit", lambda config: config.optim.name != "adamw8bit"),
@@ -194,6 +199,13 @@ _LEVERS: tuple[Callable[[Config], Levels], ...] = (
     _lower_rank,
     _shorter_rows,
 )
+
+
+def needs_lean(asker: Asker, capacity: int) -> bool:
+    """What train.lean_activations=auto means on a device of `capacity` bytes."""
+    if asker.config.model.kernels == "liger":  # whose kernels keep as little anyway
+        return True
+    return asker.plan("train.lean_activations=false").total_bytes > KEEPS_ALL_BELOW * capacity
 
 
 def answer(asker: Asker, capacity: int, what: str) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from loqt_ds.checkpoint import Checkpoint
 from loqt_ds.config import Config, ConfigError, load_config
 from loqt_ds.engines.single import SingleEngine
 from loqt_ds.finish import make_room
@@ -20,7 +21,7 @@ from loqt_ds.memory import GIB, Asker, Zero, check_fits, plan, planned_model
 from loqt_ds.memory.command import main
 from loqt_ds.memory.machine import host_bytes
 from loqt_ds.ranks import ALONE
-from loqt_ds.run import check_memory, load_model
+from loqt_ds.run import check_memory, load_model, resolve_activations
 
 # GiB: W and P in NF4 with double quantization, B in bf16 without masters, 8-bit Adam, layer-wise; 1 GiB of context.
 TARGETS = {
@@ -210,6 +211,31 @@ def test_a_run_says_its_plan_and_keeps_to_its_limit(shape: str) -> None:
         said("train.memory_limit_gib=0.0001")
 
 
+def test_a_run_keeps_all_activations_where_there_is_room(shape: str) -> None:
+    """Four fifths of what it may use, and not below what keeping all is planned to take; a lean run stays lean."""
+
+    def resolved(limit_gib: float, *overrides: str, before: bool | None = None) -> Any:
+        config = small(shape, f"train.memory_limit_gib={limit_gib:.9f}", *overrides)
+        checkpoint = None
+        if before is not None:
+            old = config.to_dict() | {"train": {"lean_activations": before}}
+            checkpoint = Checkpoint(Path("step_1"), 1, {"config": old}, {})
+        description = planned_model(config)[0]
+        return resolve_activations(config, description, torch.device("cpu"), None, ALONE, checkpoint).train
+
+    stock = plan(small(shape, "train.lean_activations=false")).total_bytes
+    least = plan(small(shape)).total_bytes
+    assert least == plan(small(shape, "train.lean_activations=true")).total_bytes < stock
+    room, scarce = stock / 0.8 * 1.001 / GIB, stock / 0.8 * 0.999 / GIB
+    assert resolved(room).lean_activations is False
+    assert resolved(scarce).lean_activations is True
+    assert resolved(scarce, "train.lean_activations=false").lean_activations is False
+    assert resolved(room, "train.lean_activations=true").lean_activations is True
+    assert resolved(room, before=True).lean_activations is True
+    assert resolved(room, before=False).lean_activations is False
+    assert resolved(scarce, before=False).lean_activations is True
+
+
 @pytest.mark.parametrize(("free", "limit"), [(1000, None), (99, None), (1000, 120), (1000, 119)])
 def test_a_full_card_exports_from_the_host(monkeypatch: pytest.MonkeyPatch, free: int, limit: int | None) -> None:
     limit_gib = None if limit is None else limit / 2**30
@@ -257,6 +283,7 @@ def test_questions_on_the_command_line(shape: str, capsys: pytest.CaptureFixture
     assert main([*base, "--tokens", "512", "--card-gib", "2"]) == 0
     out = capsys.readouterr().out
     assert "512 tokens in a micro-batch" in out and "2 GiB: fits" in out and "largest micro-batch" in out
+    assert "train.lean_activations=auto is counted as true" in out
     assert main([*base, "--tokens", "300", "--card-gib", "1.01"]) == 0
     out = capsys.readouterr().out
     assert "300 tokens in a micro-batch" in out and "does not fit" in out
