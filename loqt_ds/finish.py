@@ -17,6 +17,7 @@ from loqt_ds.data import Tokenizer
 from loqt_ds.evaluation import Evaluation, evaluate
 from loqt_ds.export import export_model, load_export
 from loqt_ds.memory import plan
+from loqt_ds.method.conversion import loqt_layers
 from loqt_ds.run import Run
 
 Say = Callable[[str], None]
@@ -29,6 +30,8 @@ def collect(run: Run) -> Finished:
     masters = {name: tensor.cpu() for name, tensor in run.engine.masters().items()} if output is not None else {}
     # The optimizer's memory makes room for the reloaded model; masters wait on the host.
     run.engine.release()
+    for layer in loqt_layers(run.engine.network).values():
+        layer.stop_keeping_dequantized()
     BUFFERS.clear()
     if run.engine.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -69,6 +69,13 @@ class LoQTConfig:
     P."""
     side: Literal["auto", "left", "right"] = "auto"
     """Side of W that P sits on: right is the input, left the output, auto the smaller of the two."""
+    product: Literal["auto", "factored", "merged"] = "auto"
+    """How a layer computes: factored, W_q and the low-rank path apart; merged, with W_eff made for the moment of each
+    product, which saves operations where a micro-batch has more tokens than about two thirds of the matrix' width. auto
+    merges where that is so and the computation is in fp32; in bf16 W_eff is rounded to bf16."""
+    dequantized_cache_gib: float = 0.0
+    """Memory for W kept dequantized between re-initializations, in the dtype of the computation, for as many layers as
+    fit, first ones first; the others are dequantized for each product. Pays where micro-batches are small."""
     target_modules: str | list[str] = "all-linear"
     """Adapted linears: all-linear (every nn.Linear but the output head), a regular expression that must match the whole
     module name, or a list of name suffixes such as [q_proj, v_proj]."""

@@ -38,6 +38,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "loqt.max_gap": _positive,
     "loqt.compensation_steps": _not_negative,
     "loqt.sketch_oversampling": _not_negative,
+    "loqt.dequantized_cache_gib": _not_negative,
     "data.validation_fraction": (lambda value: 0 < value < 1, "above 0 and below 1"),
     "data.tokenizer_vocab_size": (lambda value: value >= 300, "at least 300 (256 bytes, special pieces, some text)"),
     "data.sequence_length": (lambda value: value >= 2, "at least 2"),
@@ -269,6 +270,7 @@ def _inactive_rules(config: Config) -> Iterator[tuple[bool, str, str, tuple[Any,
     yield never or static, "loqt.growth", f"with loqt.schedule={loqt.schedule}", ()
     yield never or static, "loqt.max_gap", f"with loqt.schedule={loqt.schedule}", ()
     yield never, "loqt.optimizer_state", "with loqt.schedule=never", ()
+    yield loqt.quantize_w == "none", "loqt.dequantized_cache_gib", "with loqt.quantize_w=none (W is dense)", (0,)
     yield loqt.quantize_w == "none", "loqt.compensation_steps", "with loqt.quantize_w=none (no error)", (0,)
     yield loqt.subspace in ("exact", "gram"), "loqt.sketch_oversampling", f"with loqt.subspace={loqt.subspace}", (0,)
     yield optim.schedule != "cosine_rewarmup", "optim.rewarmup_steps", f"with optim.schedule={optim.schedule}", ()

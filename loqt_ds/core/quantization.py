@@ -182,6 +182,14 @@ BUFFERS = _Buffers()
 
 
 @contextmanager
+def scratch(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
+    """A matrix of undefined values in memory that is used again once the context is left: no view may be kept."""
+    num_bytes = shape[0] * shape[1] * dtype.itemsize
+    with BUFFERS.take(num_bytes, device) as buffer:
+        yield buffer[:num_bytes].view(dtype).view(shape)
+
+
+@contextmanager
 def dequantized(packed: Packed, shape: tuple[int, int], spec: QuantSpec, *, dtype: torch.dtype) -> Iterator[Tensor]:
     """`dequantize` into memory that is used again once the context is left: no view of it may be kept.
 
@@ -190,10 +198,7 @@ def dequantized(packed: Packed, shape: tuple[int, int], spec: QuantSpec, *, dtyp
     if spec.kind == "none" and spec.dense_dtype == dtype:
         yield dequantize(packed, shape, spec, dtype=dtype)
         return
-    num_values = shape[0] * shape[1]
-    device = next(iter(packed.values())).device
-    with torch.no_grad(), BUFFERS.take(num_values * dtype.itemsize, device) as buffer:
-        out = buffer[: num_values * dtype.itemsize].view(dtype).view(shape)
+    with torch.no_grad(), scratch(shape, dtype, next(iter(packed.values())).device) as out:
         yield dequantize(packed, shape, spec, out=out)
 
 

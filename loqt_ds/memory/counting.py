@@ -57,6 +57,7 @@ LABELS = {
     "tapped_inputs": "inputs kept for a re-initialization",
     "loss": "a block of logits, and the loss",
     "dequantized": "one dequantized matrix",
+    "dequantized_kept": "W kept dequantized",
     "recomputed_block": "activations of one block, computed again",
     "block_workspace": "backward of one block",
     "update_workspace": "update of one parameter",
@@ -291,6 +292,7 @@ def plan(
         "tapped_inputs": tapped,
         "loss": loss_bytes(config, description, dtype, head=facts.head),
         "dequantized": _dequantized_bytes(config, facts),
+        "dequantized_kept": sum(layer.dequantized_bytes for layer in layers if layer.keeps_dequantized),
         "recomputed_block": block,
         "block_workspace": block_workspace_bytes(config, description, dtype),
         "update_workspace": update_bytes(trained, config),
@@ -326,12 +328,17 @@ def _notes(config: Config) -> list[str]:
 
 
 def _dequantized_bytes(config: Config, facts: Facts) -> int:
-    """Of the buffer that is as large as the largest matrix that has to be dequantized."""
-    sizes = [0]
+    """Of the buffer as large as the largest matrix that has to be dequantized, or merged; where layers are merged,
+    P has another."""
+    tokens = config.train.micro_batch_size * config.data.sequence_length
+    sizes, beside = [0], [0]
     for layer in facts.layers:
-        sizes += [prod(layer.weight_shape)] if config.loqt.quantize_w != "none" else []
-        sizes += [prod(layer.basis_shape)] if config.loqt.quantize_p != "none" else []
-    return facts.dtype.itemsize * max(sizes)
+        basis = prod(layer.basis_shape) if config.loqt.quantize_p != "none" else 0
+        merged = layer.product_of(tokens, facts.dtype, training=True) == "merged"
+        if merged or (config.loqt.quantize_w != "none" and not layer.keeps_dequantized):
+            sizes.append(prod(layer.weight_shape))
+        (beside if merged else sizes).append(basis)
+    return facts.dtype.itemsize * (max(sizes) + max(beside))
 
 
 def _has_masters(config: Config) -> bool:
@@ -389,7 +396,7 @@ def _phases(config: Config, zero: Zero | None) -> dict[str, tuple[str, ...]]:
     """
     steps, layerwise = config.train.gradient_accumulation_steps, config.optim.layerwise
     one_process = zero is None or zero.world_size == 1
-    always = (*STAYS, "context", "dequantized")
+    always = (*STAYS, "context", "dequantized", "dequantized_kept")
     kept = ("gradients",) if steps > 1 else ()  # while a backward begins
     summed = ("reinit_gathered",) if steps > 1 else ()
     backward = (*always, "activations", "recomputed_block", "block_workspace", "new_gradient", *kept, "buckets")

@@ -5,19 +5,21 @@ For `nn.Linear` with weight W of shape (out, in), scale s and rank r (paper sect
     side "right" (in <= out):  y = x W_q^T + s (x P) B^T + b      P (in, r), B (out, r)
     side "left"  (in > out):   y = x W_q^T + s (x B^T) P^T + b    P (out, r), B (r, in)
 
-The layer is computed in this factored form. W_q and P are buffers of packed bytes (uint8), so no cast, broadcast or
-optimizer of anybody touches them. The autograd function saves what the gradient of B needs and nothing dequantized:
-x P on the right side, x on the left side, and x on both while the layer is tapped; where x carries a recipe
-(`recompute`), what x is computed from instead. The dense gradient of W is never formed in an ordinary step; while `tap`
-is set, the backward hands (dY, X) to it.
+The layer is computed in this *factored* form; or *merged*, y = x W_effᵀ, with W_eff = W_q + s (product of P and B) made
+in a shared buffer for the moment of the product, which takes fewer operations where there are many tokens (see
+`LoQTLinear.product_of`). The gradient of B is the same two products in both. W_q and P are buffers of packed bytes
+(uint8), so no cast, broadcast or optimizer of anybody touches them. The autograd function saves what the gradient of B
+needs and nothing dequantized: x P on the right side, x on the left side, and x on both while the layer is tapped; where
+x carries a recipe (`recompute`), what x is computed from instead. The dense gradient of W is never formed in an
+ordinary step; while `tap` is set, the backward hands (dY, X) to it.
 
 Legend: T tokens; k the side P lives on, l the other; "canonical" tensors are A (k, l), P (k, r), F (l, r).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,86 +27,124 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from loqt_ds.core.compensation import merge
-from loqt_ds.core.quantization import Packed, QuantSpec, dequantize, dequantized, packed_layout
+from loqt_ds.core.quantization import Packed, QuantSpec, dequantize, dequantized, packed_layout, scratch
 from loqt_ds.method.recompute import Recipe, kept_inputs, recipe_of
 
 Tap = Callable[[Tensor, Tensor], None]
 
+# Of these, W_eff is no less exact than the two products it replaces; bf16 would round small steps of B away in it.
+_MERGES_BY_ITSELF = (torch.float32, torch.float64)
+
 
 class _LoQTLinearFunction(torch.autograd.Function):
-    """y and its gradients with respect to x, B and the bias; W and P are constants.
-
-    One dequantized matrix is alive at a time, in a buffer that all layers share: hence the order of products.
-    """
+    """y and its gradients with respect to x, B and the bias; W and P are constants."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, factor: Tensor, bias: Tensor | None, layer: LoQTLinear, recipe: Recipe | None
+        ctx: Any,
+        x: Tensor,
+        factor: Tensor,
+        bias: Tensor | None,
+        layer: LoQTLinear,
+        recipe: Recipe | None,
+        training: bool,
     ) -> Tensor:
-        dtype = x.dtype
         rows = x.reshape(-1, layer.in_features)  # (T, in)
-        b = factor.to(dtype)
-        right, tapped = layer.side == "right", layer.tap is not None
-        projected = None
-        if right:
-            with layer.basis_hat_buffer(dtype) as p:  # (k, r)
-                projected = rows @ p  # (T, r)
-        with layer.weight_q_buffer(dtype) as w:
-            y = nn.functional.linear(rows, w, None if bias is None else bias.to(dtype))  # (T, out)
-        if projected is not None:
-            y.addmm_(projected, b.t(), alpha=layer.scale)
-        else:
-            with layer.basis_hat_buffer(dtype) as p:
-                y.addmm_(rows @ b.t(), p.t(), alpha=layer.scale)
-        keeps_x = tapped or not right
+        merged = layer.product_of(len(rows), x.dtype, training=training) == "merged"
+        product = _merged_forward if merged else _factored_forward
+        y, projected = product(layer, rows, factor.to(x.dtype), bias, wants_projected=training and factor.requires_grad)
+        keeps_x = layer.tap is not None or layer.side == "left"
         ctx.save_for_backward(factor, projected, *(_inputs_of(rows, recipe) if keeps_x else ()))
         ctx.compute_x = recipe.computation if recipe is not None and keeps_x else None
-        ctx.layer, ctx.tapped, ctx.x_shape, ctx.x_dtype = layer, tapped, x.shape, dtype
-        ctx.has_bias, ctx.bias_dtype = bias is not None, None if bias is None else bias.dtype
+        ctx.layer, ctx.tapped, ctx.merged = layer, layer.tap is not None, merged
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.versions = layer.versions()
         return y.view(*x.shape[:-1], layer.out_features)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         layer: LoQTLinear = ctx.layer
         if ctx.versions != layer.versions():
             raise RuntimeError("W or P of a LoQTLinear was rewritten between its forward and its backward")
         factor, projected, *inputs = kept_inputs(ctx, ctx.compute_x)
         dy = grad_output.reshape(-1, layer.out_features)  # (T, out)
-        dtype = dy.dtype
         need_x, need_factor, need_bias = ctx.needs_input_grad[:3]
-        b = factor.to(dtype)
-        right, tap = layer.side == "right", layer.tap if ctx.tapped else None
-        dx = dfactor = dbias = None
-        # (T, r): what reaches the low-rank path from above.
+        b, right, tap = factor.to(dy.dtype), layer.side == "right", layer.tap if ctx.tapped else None
+        inner = None  # (T, r): what reaches the low-rank path from above
         if right:
-            inner = dy @ b
-        else:
-            with layer.basis_hat_buffer(dtype) as p:
+            inner = dy @ b if need_x and not ctx.merged else None
+        elif need_factor or (need_x and not ctx.merged):
+            with layer.basis_hat_buffer(dy.dtype) as p:
                 inner = dy @ p
         rows: Any = None  # (T, in)
         if tap is not None or (need_factor and not right):
             rows = inputs[0] if ctx.compute_x is None else ctx.compute_x(*inputs).to(ctx.x_dtype)
             rows = rows.reshape(-1, layer.in_features)
+        dx = dfactor = dbias = None
         if need_factor:
-            product = dy.t() @ projected if right else inner.t() @ rows
+            product = dy.t() @ projected if right else inner.t() @ rows  # type: ignore[union-attr]
             dfactor = product.mul_(layer.scale).to(factor.dtype)
         if tap is not None:
             tap(dy, rows)
-        if ctx.has_bias and need_bias:
+        if ctx.bias_dtype is not None and need_bias:
             dbias = dy.sum(0).to(ctx.bias_dtype)
         if need_x:
             rows = None  # x that was computed again goes before dx, of the same size, comes
-            with layer.weight_q_buffer(dtype) as w:
-                dx = dy @ w  # (T, in)
-            if right:
-                with layer.basis_hat_buffer(dtype) as p:
-                    dx.addmm_(inner, p.t(), alpha=layer.scale)
+            if ctx.merged:
+                with layer.effective_weight_buffer(b) as w:
+                    dx = dy @ w  # (T, in)
             else:
-                dx.addmm_(inner, b, alpha=layer.scale)
+                assert inner is not None
+                dx = _factored_dx(layer, dy, b, inner)
             dx = dx.view(ctx.x_shape)
-        return dx, dfactor, dbias, None, None
+        return dx, dfactor, dbias, None, None, None
+
+
+# One dequantized matrix is alive at a time where the product is factored, in memory that all layers share: hence the
+# order of products. Where it is merged, P is there too while W_eff is made.
+
+
+def _factored_forward(
+    layer: LoQTLinear, rows: Tensor, b: Tensor, bias: Tensor | None, *, wants_projected: bool
+) -> tuple[Tensor, Tensor | None]:
+    """y (T, out), and x P (T, r) where the gradient of B needs it."""
+    dtype, right = rows.dtype, layer.side == "right"
+    projected = None
+    if right:
+        with layer.basis_hat_buffer(dtype) as p:  # (k, r)
+            projected = rows @ p  # (T, r)
+    with layer.weight_q_buffer(dtype) as w:
+        y = nn.functional.linear(rows, w, None if bias is None else bias.to(dtype))  # (T, out)
+    if projected is not None:
+        y.addmm_(projected, b.t(), alpha=layer.scale)
+    else:
+        with layer.basis_hat_buffer(dtype) as p:
+            y.addmm_(rows @ b.t(), p.t(), alpha=layer.scale)
+    return y, projected if wants_projected else None
+
+
+def _factored_dx(layer: LoQTLinear, dy: Tensor, b: Tensor, inner: Tensor) -> Tensor:
+    """dy W_eff (T, in)."""
+    with layer.weight_q_buffer(dy.dtype) as w:
+        dx = dy @ w
+    if layer.side == "left":
+        return dx.addmm_(inner, b, alpha=layer.scale)
+    with layer.basis_hat_buffer(dy.dtype) as p:
+        return dx.addmm_(inner, p.t(), alpha=layer.scale)
+
+
+def _merged_forward(
+    layer: LoQTLinear, rows: Tensor, b: Tensor, bias: Tensor | None, *, wants_projected: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As `_factored_forward`, by W_eff."""
+    with layer.effective_weight_buffer(b) as w:
+        y = nn.functional.linear(rows, w, None if bias is None else bias.to(rows.dtype))
+    if not wants_projected or layer.side == "left":
+        return y, None
+    with layer.basis_hat_buffer(rows.dtype) as p:
+        return y, rows @ p
 
 
 def _inputs_of(rows: Tensor, recipe: Recipe | None) -> tuple[Tensor, ...]:
@@ -123,6 +163,7 @@ class LoQTLinear(nn.Module):
         spec_w, spec_p: how W and P are stored.
         bias: whether there is a (trained) bias.
         dtype: of B and the bias.
+        product: factored, merged, or auto for whichever takes fewer operations (see `product_of`).
 
     W, P and B are zero until they are set. State: uint8 buffers `w_*` and `p_*`, parameters `B` and `bias`.
     """
@@ -140,6 +181,7 @@ class LoQTLinear(nn.Module):
         bias: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        product: str = "auto",
     ) -> None:
         super().__init__()
         if not 1 <= rank <= min(in_features, out_features):
@@ -152,7 +194,10 @@ class LoQTLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.rank, self.side, self.scale = rank, side, float(scale)
         self.spec_w, self.spec_p = spec_w, spec_p
+        self.product = product
         self.tap: Tap | None = None
+        self.keeps_dequantized = False
+        self._kept: tuple[tuple[int, ...], Tensor] | None = None  # W_q, and the versions of the bytes it is of
         for prefix, shape, spec in (("w", self.weight_shape, spec_w), ("p", self.basis_shape, spec_p)):
             for key, num_bytes in packed_layout(shape, spec).items():
                 self.register_buffer(f"{prefix}_{key}", torch.zeros(num_bytes, dtype=torch.uint8, device=device))
@@ -171,20 +216,25 @@ class LoQTLinear(nn.Module):
         return (self.in_features if self.side == "right" else self.out_features), self.rank
 
     @property
+    def dequantized_bytes(self) -> int:
+        """Of W_q in the dtype of B."""
+        return self.out_features * self.in_features * self.B.dtype.itemsize
+
+    @property
     def factor_length(self) -> int:
         """l: the side that B lives on."""
         return self.out_features if self.side == "right" else self.in_features
 
-    def _packed(self, prefix: str, shape: tuple[int, int], spec: QuantSpec) -> Packed:
-        return {key: getattr(self, f"{prefix}_{key}") for key in packed_layout(shape, spec)}
+    def _packed(self, prefix: str) -> Packed:
+        return {name[2:]: b for name, b in self._buffers.items() if b is not None and name.startswith(prefix)}
 
     def packed_w(self) -> Packed:
         """The buffers of W themselves, by key."""
-        return self._packed("w", self.weight_shape, self.spec_w)
+        return self._packed("w_")
 
     def packed_p(self) -> Packed:
         """The buffers of P themselves, by key."""
-        return self._packed("p", self.basis_shape, self.spec_p)
+        return self._packed("p_")
 
     @torch.no_grad()
     def set_w(self, packed: Packed) -> None:
@@ -200,7 +250,7 @@ class LoQTLinear(nn.Module):
 
     def versions(self) -> tuple[int, ...]:
         """Counts of in-place writes to W and P: a backward compares them with those of its forward."""
-        return tuple(t._version for t in (*self.packed_w().values(), *self.packed_p().values()))
+        return tuple(buffer._version for buffer in self._buffers.values() if buffer is not None)
 
     def weight_q(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dequantized W_q, (out, in). May share memory with the buffer where W is not quantized."""
@@ -210,9 +260,57 @@ class LoQTLinear(nn.Module):
         """Dequantized P, (k, r). May share memory with the buffer where P is not quantized."""
         return dequantize(self.packed_p(), self.basis_shape, self.spec_p, dtype=dtype)
 
+    def product_of(self, num_tokens: int, dtype: torch.dtype, *, training: bool) -> str:
+        """How y and dx of this many tokens are computed: "factored", x W_qᵀ plus the low-rank path, or "merged", by
+        W_eff, which is made for the moment of each product.
+
+        Making W_eff takes 2 m n r operations, in the forward and again in the backward; it saves 2 r (2 l + k) for each
+        token, l and k the sides of B and P (2 r (l + k) where there is no backward).
+        """
+        if self.product != "auto":
+            return self.product
+        if dtype not in _MERGES_BY_ITSELF:
+            return "factored"
+        (k, _), length = self.basis_shape, self.factor_length
+        making, saved = (2 * k * length, 2 * length + k) if training else (k * length, length + k)
+        return "merged" if num_tokens * saved > making else "factored"
+
     def weight_q_buffer(self, dtype: torch.dtype) -> AbstractContextManager[Tensor]:
-        """W_q, (out, in), for as long as the context lasts, in memory that all layers use in turn."""
+        """W_q, (out, in), for as long as the context lasts, in memory that all layers use in turn. Read only."""
+        if self._is_kept(dtype):
+            return nullcontext(self._kept_weight())
         return dequantized(self.packed_w(), self.weight_shape, self.spec_w, dtype=dtype)
+
+    @contextmanager
+    def effective_weight_buffer(self, b: Tensor) -> Iterator[Tensor]:
+        """W_eff, (out, in), from B in the dtype of the computation, as `weight_q_buffer`."""
+        dtype = b.dtype
+        is_shared = self._is_kept(dtype) or (self.spec_w.kind == "none" and self.spec_w.dense_dtype == dtype)
+        with ExitStack() as held:
+            weight_q = held.enter_context(self.weight_q_buffer(dtype))
+            weight = held.enter_context(scratch(self.weight_shape, dtype, b.device)) if is_shared else weight_q
+            p = held.enter_context(self.basis_hat_buffer(dtype))
+            one, two = (b, p.t()) if self.side == "right" else (p, b)
+            yield torch.addmm(weight_q, one, two, alpha=self.scale, out=weight)
+
+    def _is_kept(self, dtype: torch.dtype) -> bool:
+        return self.keeps_dequantized and dtype == self.B.dtype
+
+    def _kept_weight(self) -> Tensor:
+        """W_q in the dtype of B, dequantized again only where its bytes have changed since."""
+        versions, like = self.versions(), (self.B.dtype, self.B.device)
+        kept = self._kept if self._kept is not None and (self._kept[1].dtype, self._kept[1].device) == like else None
+        if kept is None or kept[0] != versions:
+            out = None if kept is None else kept[1]
+            self._kept = None  # before another is made
+            with torch.inference_mode(False), torch.no_grad():
+                kept = versions, dequantize(self.packed_w(), self.weight_shape, self.spec_w, dtype=like[0], out=out)
+            self._kept = kept
+        return kept[1]
+
+    def stop_keeping_dequantized(self) -> None:
+        """Gives the memory of a W that was kept dequantized back; from now on it is dequantized for each product."""
+        self.keeps_dequantized, self._kept = False, None
 
     def basis_hat_buffer(self, dtype: torch.dtype) -> AbstractContextManager[Tensor]:
         """P, (k, r), for as long as the context lasts, in memory that all layers use in turn."""
@@ -240,7 +338,7 @@ class LoQTLinear(nn.Module):
         recipe = recipe_of(x) if torch.is_grad_enabled() else None
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return _LoQTLinearFunction.apply(x, self.B, self.bias, self, recipe)
+        return _LoQTLinearFunction.apply(x, self.B, self.bias, self, recipe, torch.is_grad_enabled())
 
     def extra_repr(self) -> str:
         return (

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from helpers import effective_weight, relative
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from loqt_ds.core.quantization import BUFFERS, KINDS, QuantSpec, quantize
 from loqt_ds.core.subspace import resolve_side
@@ -17,6 +19,20 @@ from loqt_ds.method.linear import LoQTLinear
 
 # (out, in): square, wide, tall, sides that do not divide by 64, by 16, or by 2.
 SHAPES = [(64, 64), (172, 64), (64, 172), (341, 128), (37, 91), (91, 37), (13, 5)]
+
+
+@pytest.fixture(params=["factored", "merged", "merged, W kept"], autouse=True)
+def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How every layer of every test here computes."""
+    product, _, kept = request.param.partition(", ")
+    stock = LoQTLinear.__init__
+
+    def init(self: LoQTLinear, *args: Any, **options: Any) -> None:
+        stock(self, *args, **options, product=product)
+        self.keeps_dequantized = bool(kept)
+
+    monkeypatch.setattr(LoQTLinear, "__init__", init)
+    return str(request.param)
 
 
 def make_layer(
@@ -356,16 +372,17 @@ def test_only_what_the_factor_needs_is_saved(shape, kind):
 
 
 @pytest.mark.parametrize("shape", [(91, 37), (37, 91)], ids=["right", "left"])
-def test_one_dequantized_matrix_is_alive_at_a_time(shape, monkeypatch):
-    in_use, taken = 0, []
+def test_few_dequantized_matrices_are_alive_at_a_time(shape, product, monkeypatch):
+    """One where the product is factored; W and P where it is merged, as many as the planner counts."""
+    in_use, most, taken = 0, 0, []
     original = BUFFERS.take
 
     @contextmanager
     def take(num_bytes: int, device: torch.device) -> Iterator[Tensor]:
-        nonlocal in_use
+        nonlocal in_use, most
         in_use += 1
+        most = max(most, in_use)
         taken.append(num_bytes)
-        assert in_use == 1
         with original(num_bytes, device) as buffer:
             yield buffer
             buffer.fill_(255)  # NaN, for whoever keeps a view of it
@@ -379,11 +396,61 @@ def test_one_dequantized_matrix_is_alive_at_a_time(shape, monkeypatch):
     y = layer(x)
     y.backward(dy)
     w, p = 4 * shape[0] * shape[1], 4 * layer.basis_shape[0] * layer.rank
-    right = layer.side == "right"
-    assert taken == ([p, w, w, p] if right else [w, p, p, w])  # forward; backward: each matrix once
+    if product == "factored":
+        assert taken == ([p, w, w, p] if layer.side == "right" else [w, p, p, w])  # forward; backward: each once
+        assert most == 1
+    else:
+        assert taken == ([w, p, p, w, p] if layer.side == "right" else [w, p, p, w, p])
+        assert most == 2
     reference = DenseGradients(layer, x, dy)
     assert relative(y, reference.y) < 2e-6 and relative(x.grad, reference.dx) < 2e-6
     assert relative(layer.B.grad, reference.db) < 2e-6
+
+
+def operations(layer: LoQTLinear, num_tokens: int, *, training: bool) -> int:
+    """Counted by torch, to which what happens in place is nothing if it is not told."""
+    layer.B.grad = None
+    in_place = {torch.ops.aten.addmm_: lambda y, a, b, *_, **__: 2 * y[0] * y[1] * a[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter, torch.set_grad_enabled(training):
+        y = layer(random_input(layer, num_tokens))
+        if training:
+            y.backward(y.detach())
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (91, 37), (37, 91), (200, 24)])
+@pytest.mark.parametrize("training", [True, False])
+def test_auto_takes_the_product_with_fewer_operations(shape, training):
+    chosen = set()
+    for num_tokens in (1, 3, 8, 13, 19, 21, 24, 27, 30, 36, 44, 60, 200):
+        layer = make_layer(shape)
+        counts = {}
+        for layer.product in ("factored", "merged"):
+            counts[layer.product] = operations(layer, num_tokens, training=training)
+        layer.product = "auto"
+        product = layer.product_of(num_tokens, torch.float32, training=training)
+        chosen.add(product)
+        assert counts[product] == min(counts.values()), (num_tokens, counts)
+        assert layer.product_of(num_tokens, torch.bfloat16, training=training) == "factored"
+    assert chosen == {"factored", "merged"}
+
+
+def test_a_w_that_is_kept_dequantized_is_made_again_only_when_its_bytes_change():
+    layer = make_layer((91, 37))
+    layer.keeps_dequantized = True
+    x = random_input(layer, 5)
+    layer(x)
+    with layer.weight_q_buffer(torch.float32) as first, layer.weight_q_buffer(torch.float32) as again:
+        assert first is again
+    layer.set_w(quantize(torch.randn(layer.weight_shape), layer.spec_w))
+    assert_like_dense(layer, x, 2e-6)
+    with layer.weight_q_buffer(torch.float32) as renewed:
+        assert renewed.data_ptr() == first.data_ptr()
+    layer.to(torch.bfloat16)
+    with layer.weight_q_buffer(torch.bfloat16) as other:
+        assert other.dtype == torch.bfloat16 and torch.equal(other, layer.weight_q(torch.bfloat16))
+    layer.stop_keeping_dequantized()
+    assert layer._kept is None
 
 
 def test_rewriting_w_or_p_between_forward_and_backward_is_an_error():
