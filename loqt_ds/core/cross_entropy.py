@@ -2,15 +2,19 @@
 
     loss = sum over predicted tokens t of  log sum_v exp(z_tv) - z_t,y(t),      z = H Wᵀ + b
 
-Logits, as large as tokens times vocabulary, exist for one block of tokens and vocabulary at a time, in the forward and,
-made again, in the backward. Between the two only H, the targets and one log-sum-exp per token are kept; the forward
-finds it block after block with a running maximum. All of it is in float32 but the matrix products, whose logits come in
-the dtype of H and W, as a linear module makes them.
+Logits, as large as tokens times vocabulary, exist for one block at a time. Two ways, by the size of all of them:
 
-A block takes all tokens, up to `MAX_ROWS`, and as many vocabulary entries as its size allows, rather than a few tokens
-and the whole vocabulary: the gradient of W is then one product for up to `MAX_ROWS` tokens, rounded once, and what is
-added up from block to block is the gradient of H, for which a float32 copy is small. (With chunks of few tokens the
-gradient of W would be rounded to bf16 after each, or need a float32 copy of W's size.)
+- up to `KEPT_ELEMENTS`, the forward turns each block of logits into their gradient, softmax(z) - onehot(y), and keeps
+  that in the dtype of H until the backward, which is then one product each for H and W: 6 h V operations a token;
+- beyond, a block is made in the forward and again in the backward, 8 h V operations a token, and between the two only
+  one log-sum-exp per token is kept; the forward finds it block after block with a running maximum. A block takes all
+  tokens, up to `MAX_ROWS`, and as many vocabulary entries as its size allows, rather than a few tokens and the whole
+  vocabulary: the gradient of W is then one product for up to `MAX_ROWS` tokens, rounded once, and what is added up from
+  block to block is the gradient of H, for which a float32 copy is small. (With chunks of few tokens the gradient of W
+  would be rounded to bf16 after each, or need a float32 copy of W's size.)
+
+All of it is in float32 but the matrix products, whose logits come in the dtype of H and W, as a linear module makes
+them.
 
     legend: T tokens, V vocabulary, h hidden; H (T, h), W (V, h), b (V,), y (T,)
 """
@@ -26,6 +30,8 @@ from torch.autograd.function import once_differentiable
 
 BLOCK_ELEMENTS = 2**23
 """Logits alive at a time: 32 MiB in float32. Larger blocks are slower on a CPU; a GPU wants products of some size."""
+KEPT_ELEMENTS = 2**26
+"""Logits whose gradient is kept rather than made again: 2,097 tokens of 32,000 pieces; 128 MiB in bf16."""
 MAX_ROWS = 8192
 """Tokens of a block; more would leave so few columns that products became slow."""
 
@@ -64,8 +70,15 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, targets, ignore_index, transform)
+    if transform is None and _is_kept(len(hidden), len(weight)):
+        loss: Tensor = _KeptCrossEntropy.apply(hidden, weight, bias, targets, ignore_index, torch.is_grad_enabled())
+    else:
+        loss = _LinearCrossEntropy.apply(hidden, weight, bias, targets, ignore_index, transform)
     return loss
+
+
+def _is_kept(num_tokens: int, vocab_size: int) -> bool:
+    return num_tokens * vocab_size <= KEPT_ELEMENTS
 
 
 def _check_range(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
@@ -78,18 +91,29 @@ def workspace_bytes(
     num_tokens: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, *, transformed: bool = False
 ) -> int:
     """What `linear_cross_entropy` and its backward hold at their peak beside their arguments, the log-sum-exp and the
-    gradients that they return: a block of logits in float32 and in `dtype`, the gradient of H in float32 and a part.
+    gradients that they return: a block of logits in float32, and of all in `dtype` their gradient; or of the block in
+    `dtype`, and the gradient of H in float32 and a part.
 
     transformed: with a transform; counted is one that scales, caps and scales back, with what its derivative takes.
     """
-    rows, columns = _block_shape(num_tokens, vocab_size)
     low = 0 if dtype == torch.float32 else dtype.itemsize
+    if not transformed and _is_kept(num_tokens, vocab_size):
+        # The block in float32 is gone when the gradients come.
+        of_forward = 4 * _rows_at_once(num_tokens, vocab_size) * vocab_size if low else 0
+        of_backward = dtype.itemsize * hidden_size * (num_tokens + vocab_size)
+        return dtype.itemsize * num_tokens * vocab_size + max(0, of_forward - of_backward)
+    rows, columns = _block_shape(num_tokens, vocab_size)
     num_bytes = (4 + low) * rows * columns
     if transformed:
         num_bytes += 5 * dtype.itemsize * rows * columns
     if low and columns < vocab_size:
         num_bytes += (4 + low) * rows * hidden_size
     return num_bytes
+
+
+def _rows_at_once(num_tokens: int, vocab_size: int) -> int:
+    """Tokens of a block of whole rows."""
+    return min(num_tokens, max(1, BLOCK_ELEMENTS // vocab_size))
 
 
 def _block_shape(num_rows: int, num_columns: int) -> tuple[int, int]:
@@ -234,3 +258,56 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_hidden is not None and added is not None and added.dtype != grad_hidden.dtype:
                     grad_hidden[rows] = added
         return grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(weight.dtype), None, None, None
+
+
+class _KeptCrossEntropy(torch.autograd.Function):
+    """The gradient of the logits is made in the forward."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        ignore_index: int,
+        training: bool,
+    ) -> Tensor:
+        wanted = training and any(ctx.needs_input_grad[:3])  # type: ignore[attr-defined]
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        num_rows, vocab_size = len(hidden), len(weight)
+        step = _rows_at_once(num_rows, vocab_size)
+        gradient = hidden.new_empty((num_rows if wanted else step, vocab_size))
+        wide = None if gradient.dtype == dtype else hidden.new_empty((step, vocab_size), dtype=dtype)
+        total = hidden.new_zeros((), dtype=dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in _slices(num_rows, step):
+                own = targets[rows].unsqueeze(1)
+                kept, column = own != ignore_index, own.clamp(0, vocab_size - 1)
+                place = gradient[rows] if wanted else gradient[: len(own)]
+                torch.mm(hidden[rows], weight.t(), out=place)
+                block = place if wide is None else wide[: len(own)].copy_(place)
+                if bias is not None:
+                    block += bias
+                of_target = block.gather(1, column).masked_fill_(column != own, math.nan)
+                top = block.amax(1, keepdim=True)
+                summed = block.sub_(top).exp_().sum(1, keepdim=True)
+                total += torch.where(kept, summed.log() + top - of_target, 0).sum()
+                if wanted:
+                    block.mul_(kept / summed)  # of a token that is not predicted every logit's gradient is 0
+                    block.scatter_add_(1, column, kept.to(dtype).neg_())
+                    if block is not place:
+                        place.copy_(block)
+        ctx.save_for_backward(*((hidden, weight, gradient) if wanted else ()))  # type: ignore[arg-type]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, gradient = ctx.saved_tensors  # type: ignore[attr-defined]
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]  # type: ignore[attr-defined]
+        with torch.autocast(hidden.device.type, enabled=False):
+            grad_hidden = (gradient @ weight).mul_(grad) if wants_hidden else None
+            grad_weight = (gradient.t() @ hidden).mul_(grad) if wants_weight else None
+            grad_bias = gradient.sum(0, dtype=grad.dtype).mul_(grad).to(weight.dtype) if wants_bias else None
+        return grad_hidden, grad_weight, grad_bias, None, None, None
