@@ -5,10 +5,11 @@ its largest magnitude `absmax`, and each value the index of the nearest entry of
 
     w  ≈  absmax[i // 64] · table[code[i]]
 
-NF4 and FP4 are bitsandbytes' own codes, bit for bit (NF4: Dettmers et al., QLoRA, arXiv 2305.14314, section 3). INT4 is
-symmetric, levels −7…7 times absmax / 7. Double quantization stores the absmax values themselves in 8 bits (the
-dynamic map of bitsandbytes, blocks of 256, after their mean is taken out; QLoRA, section 3). LoQT (arXiv 2405.16528,
-section 3) keeps W and P in this form.
+NF4 and FP4 are bitsandbytes' own codes, bit for bit (NF4: Dettmers et al., QLoRA, arXiv 2305.14314, section 3); on a
+CPU they are found by a table look-up instead of bitsandbytes' binary search, in a tenth of the time. INT4 is symmetric,
+levels −7…7 times absmax / 7. Double quantization stores the absmax values themselves in 8 bits (the dynamic map of
+bitsandbytes, blocks of 256, after their mean is taken out; QLoRA, section 3). LoQT (arXiv 2405.16528, section 3) keeps
+W and P in this form.
 
 Departures: everything is held as 1-D `uint8` tensors, scales included, because a cast of a module to bf16 (DeepSpeed
 does one) also casts float buffers, and would corrupt a float32 scale. Dequantization never tells bitsandbytes the shape
@@ -35,6 +36,8 @@ INT4_MAX_LEVEL = 7
 
 # Values handled at once where temporaries are several times the size of the data. A multiple of BLOCKSIZE.
 _CHUNK = 1 << 20
+# Values encoded at once by the look-up: its three temporaries stay in a cache. A multiple of BLOCKSIZE.
+_LOOKUP_CHUNK = 1 << 18
 
 _BNB_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what bitsandbytes dequantizes to
 
@@ -87,14 +90,16 @@ def quantize(matrix: Tensor, spec: QuantSpec) -> Packed:
     if spec.kind == "none":
         return {"dense": _as_bytes(matrix.detach().to(spec.dense_dtype))}
     flat = matrix.detach().reshape(-1)
-    codes, absmax = [], []
-    # bitsandbytes works out of place: on CPU, chunks keep its temporaries below the size of a layer.
-    for chunk in flat.split(_CHUNK if flat.device.type == "cpu" else max(flat.numel(), 1)):
-        values = chunk.float()
-        chunk_codes, chunk_absmax = _int4_codes(values) if spec.kind == "int4" else _bnb_codes(values, spec.kind)
-        codes.append(chunk_codes)
-        absmax.append(chunk_absmax)
-    return {"codes": torch.cat(codes), **_pack_absmax(torch.cat(absmax), spec)}
+    on_cpu = flat.device.type == "cpu"
+    if spec.kind == "int4":
+        # Out of place: on a CPU, chunks keep the temporaries below the size of a layer.
+        parts = [_int4_codes(chunk.float()) for chunk in flat.split(_CHUNK if on_cpu else max(flat.numel(), 1))]
+        codes, absmax = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    elif on_cpu:
+        codes, absmax = _lookup_codes(flat, spec.kind)
+    else:
+        codes, absmax = _bnb_codes(flat.float(), spec.kind)
+    return {"codes": codes, **_pack_absmax(absmax, spec)}
 
 
 @torch.no_grad()
@@ -125,8 +130,10 @@ def dequantize(
     result = torch.empty(shape, dtype=dtype, device=codes.device) if out is None else out
     flat = result.view(-1)
     if spec.kind != "int4" and _writes_to_out(codes.device) and num_values % 2 == 0 and dtype in _BNB_DTYPES:
-        state = _bnb_state(absmax, num_values, spec.kind, dtype)
-        bnb.dequantize_4bit(codes.view(-1, 1), state, out=flat.view(1, -1))
+        # One row: immune to the CPU error described at the top.
+        torch.ops.bitsandbytes.dequantize_4bit.out(
+            codes, absmax, BLOCKSIZE, spec.kind, (1, num_values), dtype, out=flat.view(1, -1)
+        )
         return result
     for start in range(0, num_values, _CHUNK):
         num = min(_CHUNK, num_values - start)
@@ -259,25 +266,105 @@ def _bnb_codes(values: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def _bnb_values(codes: Tensor, absmax: Tensor, num_values: int, kind: str, dtype: torch.dtype) -> Tensor:
-    # The padding nibble is decoded too and cut off after: bitsandbytes compiles a function for each odd size.
-    state = _bnb_state(absmax, 2 * codes.numel(), kind, dtype if dtype in _BNB_DTYPES else torch.float32)
-    values = bnb.dequantize_4bit(codes.reshape(-1, 1), state).view(-1)
-    return values[:num_values].to(dtype)
-
-
-def _bnb_state(absmax: Tensor, num_even: int, kind: str, dtype: torch.dtype) -> bnb.QuantState:
-    return bnb.QuantState(
-        absmax=absmax,
-        shape=torch.Size((1, num_even)),  # one row: immune to the CPU error described at the top
-        dtype=dtype,
-        blocksize=BLOCKSIZE,
-        quant_type=kind,
-    )
+    # The padding nibble is decoded too and cut off after: bitsandbytes compiles a function for each odd size. Its
+    # operator is called itself: the Python around it costs as much as dequantizing a small matrix.
+    made_as = dtype if dtype in _BNB_DTYPES else torch.float32
+    shape = (1, 2 * codes.numel())  # one row: immune to the CPU error described at the top
+    values = torch.ops.bitsandbytes.dequantize_4bit.default(codes, absmax, BLOCKSIZE, kind, shape, made_as).view(-1)
+    if values.numel() != num_values:
+        values = values[:num_values]
+    return values if made_as == dtype else values.to(dtype)
 
 
 def _writes_to_out(device: torch.device) -> bool:
     """Whether bitsandbytes dequantizes into memory it is given; its CPU kernels return their own."""
     return device.type == "cuda"
+
+
+# ---- NF4 and FP4 on a CPU: a look-up instead of a binary search -----------------------------------------------------
+#
+# A value of a block, divided by the block's absmax, is a float32 x in [−1, 1], and its code is the number of thresholds
+# (midpoints of neighbouring table entries) below x. The bits of x, those of a negative number turned around, are an
+# integer t that grows with x. Its upper 16 bits name a *cell*, so narrow that no two thresholds share one. A table says
+# for each cell how many thresholds lie in cells below; the one inside, if there is one, is counted by a carry: to the
+# lower 16 bits of t is added what makes them overflow just where t is above the threshold.
+
+_NUM_CELLS = 1 << 15  # of all floats below 2 in magnitude; what is larger falls into some cell too, with another code
+
+
+def _ordered_bits(values: Tensor, scratch: Tensor) -> Tensor:
+    """The bits t of float32 values, in place of them, as int32; `scratch`: int32 of the same size."""
+    bits = values.view(torch.int32)
+    # −1 where negative, else 0; and bit 30 makes every t positive while |x| < 2.
+    torch.bitwise_right_shift(bits, 31, out=scratch)
+    return bits.bitwise_xor_(scratch.bitwise_xor_(1 << 30))
+
+
+@lru_cache(maxsize=2)
+def _cell_table(kind: str) -> tuple[Tensor, Tensor | None]:
+    """What is added to t, by its cell, to have the number of thresholds below it in the upper 16 bits: (_NUM_CELLS,)
+    int32. And the packed codes that two such numbers stand for, by the byte they make: (256,) uint8; None where the
+    table is sorted, so that the numbers are the codes."""
+    table = bnb.get_4bit_type(kind, device="cpu")
+    order = torch.argsort(table)  # the same call as bitsandbytes': FP4 has two zeros
+    entries = table[order]
+    thresholds = (entries[:-1] + entries[1:]) / 2 + 0.0  # + 0.0: a threshold of −0.0 is one of 0.0
+    bits = _ordered_bits(thresholds, torch.empty_like(thresholds, dtype=torch.int32))
+    inside = bits >> 16
+    assert inside.unique().numel() == len(inside), "two thresholds in one cell"
+    cells = torch.arange(_NUM_CELLS)
+    num_below = (cells[:, None] > inside).sum(dim=1)
+    added = (num_below - cells) << 16
+    added[inside] += 0xFFFF - (bits & 0xFFFF)
+    byte = torch.arange(256)
+    remap = (order[byte >> 4] << 4 | order[byte & 15]).to(torch.uint8)
+    return added.to(torch.int32), None if torch.equal(order, torch.arange(16)) else remap
+
+
+def _lookup_codes(flat: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Codes and absmax of a vector (n,) on a CPU, those of bitsandbytes bit for bit."""
+    num_values = flat.numel()
+    num_whole = num_values - num_values % BLOCKSIZE
+    codes = torch.empty(-(-num_values // 2), dtype=torch.uint8)
+    absmax = torch.empty(-(-num_values // BLOCKSIZE), dtype=torch.float32)
+    size = min(num_whole, _LOOKUP_CHUNK)
+    temporaries = torch.empty(size), torch.empty(size, dtype=torch.int32), torch.empty(size, dtype=torch.int32)
+    for start in range(0, num_whole, _LOOKUP_CHUNK):
+        values = flat[start : min(start + size, num_whole)].float()
+        end = start + values.numel()
+        _encode_blocks(
+            values.view(-1, BLOCKSIZE),
+            kind,
+            temporaries,
+            codes=codes[start // 2 : end // 2],
+            absmax=absmax[start // BLOCKSIZE : end // BLOCKSIZE],
+        )
+    if num_whole < num_values:
+        # A short block is divided by its absmax, not multiplied by the reciprocal; it is too small to be worth more.
+        codes[num_whole // 2 :], absmax[num_whole // BLOCKSIZE :] = _bnb_codes(flat[num_whole:].float(), kind)
+    if not torch.isfinite(absmax).all():
+        return _bnb_codes(flat.float(), kind)  # what NaN and infinity become is bitsandbytes' affair
+    return codes, absmax
+
+
+def _encode_blocks(
+    blocks: Tensor, kind: str, temporaries: tuple[Tensor, Tensor, Tensor], *, codes: Tensor, absmax: Tensor
+) -> None:
+    """Fills `codes` (n / 2,) and `absmax` (n / 64,) of float32 `blocks` (n / 64, 64); n values fit the temporaries."""
+    table, remap = _cell_table(kind)
+    scaled, cells, added = (temporary[: blocks.numel()] for temporary in temporaries)
+    rows = scaled.view_as(blocks)
+    torch.amax(torch.abs(blocks, out=rows), dim=1, out=absmax)
+    torch.mul(blocks, (1.0 / absmax.clamp(min=1e-38))[:, None], out=rows)  # bitsandbytes' own arithmetic
+    bits = _ordered_bits(scaled, cells)
+    torch.bitwise_right_shift(bits, 16, out=cells)
+    torch.index_select(table, 0, cells, out=added)
+    numbers = added.add_(bits).bitwise_right_shift_(16).to(torch.uint8)
+    # Two numbers, little-endian in an int16, become one byte with the first in the high nibble.
+    pairs = numbers.view(torch.int16)
+    codes.copy_((pairs << 4).bitwise_or_(pairs >> 8))
+    if remap is not None:
+        codes.copy_(remap.index_select(0, codes.int()))
 
 
 # ---- INT4 -----------------------------------------------------------------------------------------------------------

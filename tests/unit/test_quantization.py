@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import numpy as np
@@ -76,6 +77,69 @@ def test_codes_and_absmax_equal_bitsandbytes(kind: str, shape: tuple[int, int]) 
     packed = quantize(weight, QuantSpec(kind))
     assert torch.equal(packed["codes"], codes.reshape(-1))
     assert torch.equal(packed["absmax"], state.absmax.view(torch.uint8))
+
+
+def assert_as_bitsandbytes(values: torch.Tensor, kind: str) -> None:
+    """Codes and absmax, bit for bit (which NaN is one of the bits)."""
+    codes, state = bnb.quantize_4bit(values.reshape(-1).contiguous(), quant_type=kind)
+    packed = quantize(values.reshape(1, -1), QuantSpec(kind))
+    assert torch.equal(packed["codes"], codes.reshape(-1))
+    assert torch.equal(packed["absmax"], state.absmax.view(torch.uint8))
+
+
+def neighbours(values: torch.Tensor, distance: int) -> torch.Tensor:
+    """Float32 values and those up to `distance` floats beside each."""
+    bits = values.float().contiguous().view(torch.int32)
+    return (bits[:, None] + torch.arange(-distance, distance + 1)).int().view(-1).view(torch.float32)
+
+
+@pytest.mark.parametrize("kind", FOUR_BIT)
+def test_codes_beside_every_threshold_and_in_every_cell_equal_bitsandbytes(kind: str) -> None:
+    table = torch.tensor(TABLES[kind], dtype=torch.float32).sort().values
+    thresholds = (table[:-1] + table[1:]) / 2
+    edges = (torch.arange(1 << 16) << 16).int().view(torch.float32)  # a float for each value of the upper 16 bits
+    edges = edges[edges.abs() < 1]  # (not NaN)
+    tiny = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e-38, -1e-38])
+    values = torch.cat([neighbours(thresholds, 70), neighbours(edges, 1), table, tiny])
+    values = values[values.abs() <= 1]
+    ones = torch.ones(-(-len(values) // 63) * 63 - len(values))
+    # a 1.0 in every block: what is left of the values is themselves
+    whole = torch.nn.functional.pad(torch.cat([values, ones]).view(-1, 63), (0, 1), value=1.0)
+    assert whole.shape[0] > 900
+    assert_as_bitsandbytes(whole, kind)
+    for scale in (1e-3, 3.7, 1e30, 1e-30, 1e-37, 1e-38, 1e-40, 3e38):  # the largest and the smallest absmax
+        assert_as_bitsandbytes(whole * scale, kind)
+        assert_as_bitsandbytes((whole * scale)[:1], kind)
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data(), kind=st.sampled_from(FOUR_BIT), num_values=st.integers(1, 400), seed=st.integers(0, 2**31))
+def test_any_floats_give_the_codes_of_bitsandbytes(data: st.DataObject, kind: str, num_values: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    flavour = data.draw(st.sampled_from(["normal", "bits", "few", "bf16"]))
+    if flavour == "bits":  # all magnitudes there are; infinities and NaN among them
+        bits = torch.randint(-(2**31), 2**31, (num_values,), generator=generator)
+        values = bits.int().view(torch.float32)
+    else:
+        exponent = data.draw(st.integers(-44, 37))
+        values = torch.randn(num_values, generator=generator) * 10.0**exponent
+    if flavour == "few":  # ties, blocks of zeros
+        values = (values / values.abs().max() * 4).round() * data.draw(st.sampled_from([0.0, -0.0, 1.0, 1e-39]))
+    if flavour == "bf16":
+        values = values.bfloat16()
+    assert_as_bitsandbytes(values.float(), kind)
+    if flavour == "bf16":
+        expected, given_bf16 = quantize(values.float()[None], QuantSpec(kind)), quantize(values[None], QuantSpec(kind))
+        assert all(torch.equal(expected[key], given_bf16[key]) for key in expected)
+
+
+@pytest.mark.parametrize("kind", FOUR_BIT)
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_values_that_are_not_finite_become_what_bitsandbytes_makes_of_them(kind: str, bad: float) -> None:
+    for position in (0, 70, 130):  # of 2 blocks and a short one
+        values = matrix((1, 150))
+        values[0, position] = bad
+        assert_as_bitsandbytes(values, kind)
 
 
 @pytest.mark.parametrize("kind", FOUR_BIT)
@@ -199,6 +263,7 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
         values = dequantize(whole, shape, spec)
         with monkeypatch.context() as patch:
             patch.setattr(quantization, "_CHUNK", 128)
+            patch.setattr(quantization, "_LOOKUP_CHUNK", 192)
             pieces = quantize(matrix(shape), spec)
             assert torch.equal(dequantize(pieces, shape, spec, out=torch.empty(shape)), values)
         for key in whole:
