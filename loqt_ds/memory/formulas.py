@@ -77,7 +77,7 @@ def widths(description: Any) -> Widths:
     return Widths(hidden, heads * int(head_size), int(intermediate), heads, int(text.num_hidden_layers))
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and not list(module.children())
 
 
@@ -96,7 +96,7 @@ def _norm_bytes(model: nn.Module, width: Widths, e: int, *, lean: frozenset[str]
     """Kept by all norms, per token."""
     total = 0
     for name, module in model.named_modules():
-        if not _is_norm(module):
+        if not is_norm(module):
             continue
         numel = sum(parameter.numel() for short, parameter in module.named_parameters() if short == "weight")
         # a norm of each head's queries or keys sees all heads of a token
@@ -154,7 +154,7 @@ def activation_bytes(
     linears, tapped = _linear_bytes(model, e, lean=lean, eager=eager)
     blocks = _norm_bytes(model, width, e, lean=lean) + width.num_layers * (attended + activated) + linears
     if config.model.kernels == "liger":
-        blocks += 4 * sum(_is_norm(module) for module in model.modules())  # Liger keeps the root of the mean square
+        blocks += 4 * sum(is_norm(module) for module in model.modules())  # Liger keeps the root of the mean square
     tokens = config.train.micro_batch_size * sequence
     of_loss = e * width.hidden + 4  # its input, and a log-sum-exp
     if config.train.activation_checkpointing:

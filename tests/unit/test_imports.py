@@ -27,6 +27,7 @@ LEVELS = {
     "loqt_ds.shards": 2.0,
     "loqt_ds.export": 2.0,
     "loqt_ds.memory": 2.0,
+    "loqt_ds.operations": 2.0,
     "loqt_ds.engines": 3.0,
     "loqt_ds.stopping": 0.0,
     "loqt_ds.failures": 1.0,
