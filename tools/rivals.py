@@ -25,17 +25,24 @@ The rivals are packages: `pip install -e '.[compare]'`. (APOLLO's licence is CC-
 
 from __future__ import annotations
 
+import atexit
 import importlib
+import json
+import os
+import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from loqt_ds.config import Config, load_config
+from loqt_ds.config import Config, describe_model, load_config
 from loqt_ds.core.schedules import ReinitSchedule
 from loqt_ds.engines.single import SingleEngine
 from loqt_ds.evaluation import model_inputs, num_predicted
@@ -72,8 +79,9 @@ class Setup:
 
     def config(self, *options: str) -> Config:
         """A run's configuration with this shape, dtype and device. Raises ConfigError for what there is not."""
+        shape = self.shape if self.num_layers is None else shape_with_layers(self.shape, self.num_layers)
         common = [
-            f"model.shape={self.shape}",
+            f"model.shape={shape}",
             f"train.dtype={self.dtype}",
             f"train.device={self.device}",
             f"train.seed={self.seed}",
@@ -87,10 +95,18 @@ class Setup:
 
     def description(self) -> Any:
         """transformers' configuration of the model."""
-        description = model_description(self.config())
-        if self.num_layers is not None:
-            description.num_hidden_layers = self.num_layers
-        return description
+        return model_description(self.config())
+
+
+@cache
+def shape_with_layers(shape: str, num_layers: int) -> str:
+    """A file, gone when this process ends, of a shape with another number of layers."""
+    _, content = describe_model(load_config(None, [f"model.shape={shape}"]))
+    folder = Path(tempfile.mkdtemp(prefix="loqt_shape_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    file = folder / f"{Path(shape).stem}_{num_layers}_layers.json"
+    file.write_text(json.dumps(content | {"num_hidden_layers": num_layers}))
+    return str(file)
 
 
 @dataclass
@@ -125,7 +141,17 @@ class Contender(Protocol):
         ...
 
 
-# ---------------------------------------------------------------- counting
+# ---------------------------------------------------------------- text and counting
+
+
+def text_batch(rows: int, length: int, number: int) -> dict[str, Tensor]:
+    """Bytes of Python's own source as `input_ids` and `targets`, both (rows, length); another piece for each number."""
+    text = Path(os.__file__).read_bytes()
+    count = rows * length
+    text *= 2 + count // len(text)
+    start = number * count % (len(text) - count - 1)
+    ids = torch.frombuffer(bytearray(text[start : start + count + 1]), dtype=torch.uint8).long()
+    return {"input_ids": ids[:-1].view(rows, length), "targets": ids[1:].view(rows, length)}
 
 
 def nested(value: Any) -> Iterator[Tensor]:

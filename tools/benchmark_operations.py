@@ -1,0 +1,46 @@
+"""Operations of a contender's step: what the counts promise beside what `tools/benchmark.py` measures."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from rivals import Setup, parse
+
+from loqt_ds.memory import describe
+from loqt_ds.operations import step_work, total
+
+
+@cache
+def operations(setup: Setup, rows: int, length: int, name: str) -> int:
+    """Of the matrix products of one ordinary step of one micro-batch, head and attention included.
+
+    LoQT and full rank are `loqt_ds.operations`'. Beside full rank, GaLore projects every gradient forth and its update
+    back, 4 m n r, and APOLLO forth, 2 m n r, once a step. QLoRA has no gradient of W, which saves 2 m n a token, and
+    adapters A (r, n) and B (m, r), 6 r (m + n) a token.
+    """
+    method, rank = parse(name)
+    config = setup.config(f"loqt.rank={rank or 1}", f"train.micro_batch_size={rows}", f"data.sequence_length={length}")
+    facts = describe(config)
+    ours = method.startswith("loqt")
+    count = total(step_work(config, facts=facts, full_rank=not ours).values()).operations
+    if rank is None or ours:
+        return count
+    for layer in facts.layers:
+        m, n = layer.weight_shape
+        count += {
+            "galore": 4 * m * n * rank,
+            "apollo": 2 * m * n * rank,
+            "qlora": rows * length * (6 * rank * (m + n) - 2 * m * n),
+        }[method]
+    return count
+
+
+def promised(cell: dict[str, Any], name: str, base: str) -> float | None:
+    """The ratio of a contender's operations to those of `base`; None where the shape is not there any more."""
+    setup = Setup(cell["shape"], dtype=cell["dtype"], num_layers=cell["num_layers"])
+    try:
+        own, other = (operations(setup, cell["rows"], cell["length"], each) for each in (name, base))
+    except ValueError:
+        return None
+    return own / other
