@@ -9,9 +9,13 @@ The least-squares factor, in the canonical orientation of `subspace` (E is the r
 
     F = (1/s) · Eᵀ P̂ (P̂ᵀP̂)⁻¹  (left),      F = (1/s) · E P̂ (P̂ᵀP̂)⁻¹  (right)
 
-Departures: the r × r Gram matrix is factored by Cholesky in float64 (P̂ is only nearly orthonormal after quantization,
-and nearly is enough for that), once for all iterations, instead of a pseudo-inverse of P̂ in each; the best iterate is
-kept, not the last, because re-quantizing moves the block scales and can make things worse.
+It is computed through orthonormal columns Q of P̂'s span, P̂ = Q Cᵀ with C the Cholesky factor of P̂ᵀP̂: with Y = E Q (or
+Eᵀ Q), the product that is taken away is Y Qᵀ, the error that remains is ‖E‖² − ‖Y‖², and F = (1/s) Y C⁻¹ is needed of
+the kept iterate only. An iteration is two products with Q and one quantization.
+
+Departures: C is found in float64 (P̂ is only nearly orthonormal after quantization, and nearly is enough for that), once
+for all iterations, instead of a pseudo-inverse of P̂ in each; the best iterate is kept, not the last, because
+re-quantizing moves the block scales and can make things worse.
 """
 
 from __future__ import annotations
@@ -25,8 +29,10 @@ from torch import Tensor
 from .quantization import Packed, QuantSpec, dequantize, quantize
 from .subspace import squared_norm
 
-# Below this ratio of its diagonal's ends, a float32 Cholesky factor no longer solves to float32 accuracy.
+# Below this ratio of its diagonal's ends, the columns of P̂ are taken to be dependent.
 _SMALLEST_PIVOT_RATIO = 1e-3
+# Below this part of ‖E‖², a difference of two squared norms of float32 matrices is not exact enough.
+_SMALLEST_DIFFERENCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -61,36 +67,50 @@ def compensate(
         raise ValueError(f"a weight of shape {shape} has values that are not finite; it cannot be quantized")
 
     packed = quantize(weight, spec)
-    buffer = dequantize(packed, shape, spec, out=torch.empty_like(weight, memory_format=torch.contiguous_format))
-    torch.sub(weight, buffer, out=buffer)  # from here on the residual E of the current W_q
-    error_before = _relative(buffer, norm)
-    length = weight.shape[0] if side == "right" else weight.shape[1]
-    factor = torch.zeros(length, basis_hat.shape[1], dtype=torch.float32, device=weight.device)
-    best = Compensated(packed, factor, error_before, error_before, 0)
-    if spec.kind == "none":
-        return best
+    # From here on the residual E of the current W_q.
+    residual = _residual(weight, packed, spec, torch.empty_like(weight, memory_format=torch.contiguous_format))
+    squared_error = squared_norm(residual)
+    error_before = error_after = _relative(squared_error, norm)
+    kept_iteration, kept, kept_y = 0, packed, None
+    span = _Span(basis_hat) if iterations and spec.kind != "none" else None
+    for iteration in range(1, iterations + 1 if span else 1):
+        assert span is not None
+        y = span.coordinates(residual, side=side)
+        error = _relative(_remaining(squared_error, residual, y, span, side=side), norm)
+        if error < error_after:
+            kept_iteration, kept, kept_y, error_after = iteration, packed, y, error
+        if iteration < iterations:
+            packed = quantize(span.without(weight, y, side=side, out=residual), spec)
+            squared_error = squared_norm(_residual(weight, packed, spec, residual))
+    if kept_y is None:
+        length = weight.shape[0] if side == "right" else weight.shape[1]
+        factor = torch.zeros(length, basis_hat.shape[1], dtype=torch.float32, device=weight.device)
+    else:
+        assert span is not None
+        factor = span.factor(kept_y, scale=scale)
+    return Compensated(kept, factor, error_before, error_after, kept_iteration)
 
-    solver = _GramSolver(basis_hat) if iterations else None
-    for iteration in range(1, iterations + 1):
-        assert solver is not None
-        factor = solver.factor(buffer, basis_hat, side=side, scale=scale)
-        error = _relative(_add_product(buffer, basis_hat, factor, side=side, scale=-scale), norm)
-        if error < best.error_after:
-            best = Compensated(packed, factor, error_before, error, iteration)
-        if iteration == iterations:
-            break
-        buffer.copy_(weight)
-        packed = quantize(_add_product(buffer, basis_hat, factor, side=side, scale=-scale), spec)
-        torch.sub(weight, dequantize(packed, shape, spec, out=buffer), out=buffer)
-    return best
+
+def _residual(weight: Tensor, packed: Packed, spec: QuantSpec, out: Tensor) -> Tensor:
+    """W − W_q, into `out`."""
+    return torch.sub(weight, dequantize(packed, (weight.shape[0], weight.shape[1]), spec, out=out), out=out)
+
+
+def _remaining(squared_error: float, residual: Tensor, y: Tensor, span: _Span, *, side: str) -> float:
+    """‖E − Y Qᵀ‖², given ‖E‖²."""
+    difference = squared_error - squared_norm(y)
+    if difference > _SMALLEST_DIFFERENCE * squared_error:
+        return difference
+    return squared_norm(span.without(residual, y, side=side))
 
 
 @torch.no_grad()
 def merge(weight_q: Tensor, basis_hat: Tensor, factor: Tensor, *, side: str, scale: float) -> Tensor:
     """W_eff (out, in) float32. A float32 `weight_q` is changed in place and returned, others are copied."""
-    return _add_product(
-        weight_q.detach().float(), basis_hat.detach().float(), factor.detach().float(), side=side, scale=scale
-    )
+    assert side in ("left", "right"), side
+    result, basis_hat, factor = weight_q.detach().float(), basis_hat.detach().float(), factor.detach().float()
+    first, second = (factor, basis_hat.T) if side == "right" else (basis_hat, factor.T)
+    return result.addmm_(first, second, alpha=scale)
 
 
 @torch.no_grad()
@@ -100,35 +120,46 @@ def solve_factor(residual: Tensor, basis_hat: Tensor, *, side: str, scale: float
     Where P̂ has dependent columns, the smallest such factor. Raises ValueError for a scale that is not positive.
     """
     _check_scale(scale)
-    basis_hat = basis_hat.detach().float()
-    return _GramSolver(basis_hat).factor(residual.detach().float(), basis_hat, side=side, scale=scale)
+    span = _Span(basis_hat.detach().float())
+    return span.factor(span.coordinates(residual.detach().float(), side=side), scale=scale)
 
 
-class _GramSolver:
-    """X ↦ X (P̂ᵀP̂)⁻¹ for X (l, r). The Gram matrix is formed and factored in float64, applied in float32."""
+class _Span:
+    """Orthonormal columns Q (k, r') of the span of P̂ (k, r), r' ≤ r, and what makes factors of coordinates along them.
+    Found in float64, kept in float32."""
 
     def __init__(self, basis_hat: Tensor) -> None:
         wide = basis_hat.double()  # (k, r)
         gram = wide.T @ wide  # (r, r)
-        factor, info = torch.linalg.cholesky_ex(gram)
-        pivots = factor.diagonal()
+        cholesky, info = torch.linalg.cholesky_ex(gram)
+        pivots = cholesky.diagonal()
         # P̂ of any sane training run passes. A zero or repeated column of P̂ does not, and then the pseudo-inverse of the
         # Gram matrix gives the smallest least-squares solution: directions that are not there get no weight.
-        self.cholesky: Tensor | None = None
         if int(info) == 0 and float(pivots.min()) > _SMALLEST_PIVOT_RATIO * float(pivots.max()):
-            self.cholesky = factor.float()
-            return
-        values, vectors = torch.linalg.eigh(gram)
-        threshold = max(wide.shape) * torch.finfo(torch.float32).eps * float(values[-1])
-        kept = values > threshold
-        inverse = torch.where(kept, 1.0 / torch.where(kept, values, 1.0), 0.0)
-        self.inverse = ((vectors * inverse) @ vectors.T).float()
+            identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            to_factor = torch.linalg.solve_triangular(cholesky, identity, upper=False)  # C⁻¹
+            columns = wide @ to_factor.T
+        else:
+            values, vectors = torch.linalg.eigh(gram)
+            threshold = max(wide.shape) * torch.finfo(torch.float32).eps * float(values[-1])
+            kept = values > threshold
+            to_factor = (vectors[:, kept] / values[kept].sqrt()).T
+            columns = wide @ to_factor.T
+        self.columns, self._to_factor = columns.float().contiguous(), to_factor.float().contiguous()
 
-    def factor(self, residual: Tensor, basis_hat: Tensor, *, side: str, scale: float) -> Tensor:
-        product = (residual if side == "right" else residual.T) @ basis_hat  # (l, r)
-        if self.cholesky is not None:
-            return torch.cholesky_solve(product.T, self.cholesky).T.div(scale).contiguous()
-        return (product @ self.inverse).div_(scale)
+    def coordinates(self, residual: Tensor, *, side: str) -> Tensor:
+        """Y (l, r'): the residual (out, in) along the columns."""
+        return (residual if side == "right" else residual.T) @ self.columns
+
+    def without(self, matrix: Tensor, y: Tensor, *, side: str, out: Tensor | None = None) -> Tensor:
+        """matrix − Y Qᵀ, or its transpose, (out, in); into `out`, where given."""
+        assert side in ("left", "right"), side
+        first, second = (y, self.columns.T) if side == "right" else (self.columns, y.T)
+        return torch.addmm(matrix, first, second, alpha=-1.0, out=out)
+
+    def factor(self, y: Tensor, *, scale: float) -> Tensor:
+        """The canonical F (l, r) with s F P̂ᵀ = Y Qᵀ."""
+        return (y @ self._to_factor).div_(scale)
 
 
 def _check_scale(scale: float) -> None:
@@ -136,13 +167,5 @@ def _check_scale(scale: float) -> None:
         raise ValueError(f"loqt.alpha={scale} cannot scale the low-rank factor; use a finite value above 0")
 
 
-def _add_product(matrix: Tensor, basis_hat: Tensor, factor: Tensor, *, side: str, scale: float) -> Tensor:
-    """matrix += scale · (P̂, B product), in place."""
-    assert side in ("left", "right"), side
-    if side == "right":
-        return matrix.addmm_(factor, basis_hat.T, alpha=scale)  # (out, r) (r, in)
-    return matrix.addmm_(basis_hat, factor.T, alpha=scale)  # (out, r) (r, in)
-
-
-def _relative(residual: Tensor, norm: float) -> float:
-    return math.sqrt(squared_norm(residual)) / norm if norm else 0.0
+def _relative(squared: float, norm: float) -> float:
+    return math.sqrt(squared) / norm if norm else 0.0

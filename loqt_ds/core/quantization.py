@@ -125,8 +125,9 @@ def dequantize(
         return dense.to(dtype) if out is None else out.copy_(dense)
     num_values = shape[0] * shape[1]
     codes, absmax = packed["codes"], _unpack_absmax(packed, spec)
-    if out is None and spec.kind != "int4":
-        return _bnb_values(codes, absmax, num_values, spec.kind, dtype).view(shape)
+    if spec.kind != "int4" and (out is None or (num_values <= _CHUNK and not _writes_to_out(codes.device))):
+        values = _bnb_values(codes, absmax, num_values, spec.kind, dtype).view(shape)
+        return values if out is None else out.copy_(values)
     result = torch.empty(shape, dtype=dtype, device=codes.device) if out is None else out
     flat = result.view(-1)
     if spec.kind != "int4" and _writes_to_out(codes.device) and num_values % 2 == 0 and dtype in _BNB_DTYPES:

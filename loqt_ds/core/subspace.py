@@ -269,7 +269,7 @@ def squared_norm(matrix: Tensor) -> float:
     total = torch.zeros((), dtype=torch.float64, device=matrix.device)
     if matrix.numel():
         for chunk in matrix.detach().split(max(1, _CHUNK // max(1, matrix[0].numel()))):
-            total += chunk.double().square_().sum()
+            total += torch.linalg.vector_norm(chunk, dtype=torch.float64).square_()
     return float(total)
 
 
