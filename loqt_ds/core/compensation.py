@@ -69,7 +69,7 @@ def compensate(
     packed = quantize(weight, spec)
     # From here on the residual E of the current W_q.
     residual = _residual(weight, packed, spec, torch.empty_like(weight, memory_format=torch.contiguous_format))
-    squared_error = squared_norm(residual)
+    squared_error = _squared(residual)
     error_before = error_after = _relative(squared_error, norm)
     kept_iteration, kept, kept_y = 0, packed, None
     span = _Span(basis_hat) if iterations and spec.kind != "none" else None
@@ -81,7 +81,7 @@ def compensate(
             kept_iteration, kept, kept_y, error_after = iteration, packed, y, error
         if iteration < iterations:
             packed = quantize(span.without(weight, y, side=side, out=residual), spec)
-            squared_error = squared_norm(_residual(weight, packed, spec, residual))
+            squared_error = _squared(_residual(weight, packed, spec, residual))
     if kept_y is None:
         length = weight.shape[0] if side == "right" else weight.shape[1]
         factor = torch.zeros(length, basis_hat.shape[1], dtype=torch.float32, device=weight.device)
@@ -98,10 +98,10 @@ def _residual(weight: Tensor, packed: Packed, spec: QuantSpec, out: Tensor) -> T
 
 def _remaining(squared_error: float, residual: Tensor, y: Tensor, span: _Span, *, side: str) -> float:
     """‖E − Y Qᵀ‖², given ‖E‖²."""
-    difference = squared_error - squared_norm(y)
+    difference = squared_error - _squared(y)
     if difference > _SMALLEST_DIFFERENCE * squared_error:
         return difference
-    return squared_norm(span.without(residual, y, side=side))
+    return _squared(span.without(residual, y, side=side))
 
 
 @torch.no_grad()
@@ -165,6 +165,11 @@ class _Span:
 def _check_scale(scale: float) -> None:
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"loqt.alpha={scale} cannot scale the low-rank factor; use a finite value above 0")
+
+
+def _squared(matrix: Tensor) -> float:
+    """‖matrix‖²: sums of rows in float32, of which the sum is taken in float64. Synchronizes with the device."""
+    return float(torch.linalg.vector_norm(matrix, dim=1).double().square_().sum())
 
 
 def _relative(squared: float, norm: float) -> float:
