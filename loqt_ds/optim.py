@@ -1,6 +1,6 @@
 """Parameter groups, Adam in 32 and 8 bits, master copies, and access to moments in whatever form they are kept.
 
-- `adamw` is `torch.optim.AdamW`; `adamw8bit` is bitsandbytes' AdamW8bit (two moments in 8 bits, blocks of 256, tensors
+- `adamw` is `torch.optim.AdamW`, fused; `adamw8bit` is bitsandbytes' AdamW8bit (two moments in 8 bits, blocks of 256, tensors
   below 4096 elements in 32 bits).
 - Parameters in bf16 have float32 masters (`optim.master: fp32`), or none (`bf16`): then the update is computed in
   float32 and rounded stochastically, so that updates below half a unit in the last place survive on average.
@@ -67,7 +67,7 @@ def build_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.o
     """AdamW or AdamW8bit over torch-style parameter groups."""
     options: dict[str, Any] = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps}
     if optim.name == "adamw":
-        return torch.optim.AdamW(groups, **options)
+        return torch.optim.AdamW(groups, fused=True, **options)  # one pass over each tensor, no temporaries
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW8bit(groups, **options)
@@ -163,7 +163,8 @@ def restore_state(optimizer: Any, tensor: Tensor, saved: dict[str, Tensor]) -> N
     is_torch = moment_keys(saved) == MOMENT_KEYS[0]
     for key, value in saved.items():
         if key == "step":
-            state[key] = value.to(torch.float32, copy=True) if is_torch else int(value)
+            # Where the tensor is: so that a fused update need not wait for the host.
+            state[key] = value.to(tensor.device, torch.float32, copy=True) if is_torch else int(value)
         else:
             # A copy: a checkpoint's tensors are mapped, and would hold the disk space of its file after its deletion.
             state[key] = value.to(tensor.device, copy=True)
@@ -271,7 +272,7 @@ class ParameterOptimizer:
         if state:
             return state
         if isinstance(optimizer, torch.optim.Adam):  # AdamW is one
-            state["step"] = torch.tensor(0.0, dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=self.parameter.device)
             for key in MOMENT_KEYS[0]:
                 state[key] = torch.zeros_like(self.parameter, dtype=torch.float32)
             return state

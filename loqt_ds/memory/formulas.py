@@ -192,8 +192,8 @@ def update_bytes(parameters: Sequence[nn.Parameter], config: Config) -> int:
     is_low, on_host = parameters[0].dtype != torch.float32, config.train.device == "cpu"
     without_masters = is_low and config.optim.master == "bf16"
     value, gradient = 4 * without_masters, 4 * is_low
-    # torch's root and quotient; bitsandbytes on a CPU dequantizes both moments, on a GPU it makes nothing
-    adam = 8 if config.optim.name == "adamw" else 20 if on_host else 0
+    # bitsandbytes on a CPU dequantizes both moments; on a GPU it makes nothing, as torch's fused Adam
+    adam = 20 if config.optim.name == "adamw8bit" and on_host else 0
     rounding = 15 * min(piece, ROUNDED_AT_ONCE) if without_masters else 0
     return value * piece + max((gradient + adam) * piece, rounding)
 
