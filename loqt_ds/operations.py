@@ -272,22 +272,28 @@ def reinit_work(
     for layer in facts.layers:
         parts["tap"] += tap_work(layer, config, tokens, e) * steps + columns_work(layer, config, tokens, e)
         parts["decompose"] += decompose_work(layer, config)
-        (m, n), (k, r), length = layer.weight_shape, layer.basis_shape, layer.factor_length
+        (m, n), (k, r) = layer.weight_shape, layer.basis_shape
         if not first:
             parts["merge"] += product(m, r, n, 4, adds=True) + dequantize_work((m, n), layer.spec_w, torch.float32)
-        # C iterates of W and the first one, each quantized once and read back once; P once.
         iterations = config.loqt.compensation_steps if layer.spec_w.kind != "none" else 0
         packed = sum(packed_layout((m, n), layer.spec_w).values())
         num_quantized = max(1, iterations)
         parts["quantize"] += Work(0, (4 * m * n + packed) * num_quantized)
         parts["quantize"] += Work(0, 4 * k * r + sum(packed_layout((k, r), layer.spec_p).values()))
-        if iterations:
-            gram = product(r, k, r, 8)
-            each = product(length, k, r, 4) + Work(2 * length * r * r, 4 * 2 * length * r)  # E P, and a solve
-            residuals = product(m, r, n, 4, adds=True) * (2 * iterations - 1)
-            read = Work(0, 2 * 4 * m * n + packed) * num_quantized
-            parts["compensate"] += gram + each * iterations + residuals + read
+        # Each iterate is read back and taken from W.
+        parts["compensate"] += Work(0, 3 * 4 * m * n + packed) * num_quantized + compensate_work(layer, iterations)
     return parts
+
+
+def compensate_work(layer: LoQTLinear, iterations: int) -> Work:
+    """Of the products: orthonormal columns of P, then two with W's residual an iteration, less the last one's second,
+    and from coordinates to B."""
+    if not iterations:
+        return Work()
+    (k, r), length = layer.basis_shape, layer.factor_length
+    columns = product(r, k, r, 8) + product(k, r, r, 8)
+    along, without = product(length, k, r, 4), product(length, r, k, 4, adds=True)
+    return columns + along * iterations + without * (iterations - 1) + product(length, r, r, 4)
 
 
 def tap_work(layer: LoQTLinear, config: Config, num_tokens: int, e: int) -> Work:
@@ -318,6 +324,16 @@ def decompose_work(layer: LoQTLinear, config: Config) -> Work:
         # R and Q of S, and of the columns after each turn
         qr = 4 * (k + POWER_ITERATIONS * length) * c * c - 4 * (1 + POWER_ITERATIONS) * c**3 // 3
         return Work(qr + 2 * c**3 + 9 * c**3 + 2 * k * c * r, 4 * 4 * (k + length) * c)
+    if method == "iterated":
+        c = sketch_columns(layer, config.loqt.sketch_oversampling)
+        turns = product(length, k, c, 4) * (2 * POWER_ITERATIONS + 1)
+        qr = (4 * k * c * c - 4 * c**3 // 3) * POWER_ITERATIONS
+        return turns + Work(qr + 9 * c**3 + 2 * k * c * r, 4 * 4 * k * c * POWER_ITERATIONS)
+    if method == "iterated":
+        c = sketch_columns(layer, config.loqt.sketch_oversampling)
+        turn = product(length, k, c, 4) + product(k, length, c, 4) + Work(4 * k * c * c - 4 * c**3 // 3, 4 * 4 * k * c)
+        small = product(c, k, length, 4) + product(c, length, c, 8) + Work(9 * c**3, 8 * 4 * c * c)
+        return turn * POWER_ITERATIONS + small + product(k, c, r, 4)
     if method == "gram":
         return product(k, length, k, 8) + Work(9 * k**3, 8 * 4 * k * k)
     return Work(4 * length * k * k + 22 * k**3, 4 * 4 * k * length)
