@@ -58,12 +58,13 @@ class LoQTConfig:
     double_quant: Literal["none", "w", "p", "both"] = "none"
     """Whose absmax is quantized again to 8 bits, in blocks of 256: of neither, of W, of P, or of both (true = both,
     false = none)."""
-    subspace: Literal["auto", "exact", "gram", "sketch"] = "auto"
-    """How P is found: exact SVD of the gradient, eigenvectors of its Gram matrix, or a randomized sketch; auto takes
-    gram where the smaller side of the matrix is at most 512 and sketch above. With several ranks, a sketch needs all of
-    them to reach the layers in the same order; a model that does not (experts, dropped layers) takes gram."""
+    subspace: Literal["auto", "exact", "gram", "iterated", "sketch"] = "auto"
+    """How P is found: exact SVD of the gradient, eigenvectors of its Gram matrix, subspace iteration on the gradient,
+    or a randomized sketch that stands for it; auto takes sketch where the smaller side of the matrix is above 512, else
+    iterated up to a rank of half of that side and gram beyond. With several ranks, a sketch needs all of them to reach
+    the layers in the same order; a model that does not (experts, dropped layers) takes iterated."""
     sketch_oversampling: int = 32
-    """Gaussian columns p added to the rank in a sketch."""
+    """Gaussian columns p added to the rank in a sketch and in subspace iteration."""
     optimizer_state: Literal["keep", "reset", "project"] = "keep"
     """What a re-initialization does to Adam's moments of B: keep them, set them to zero, or project them to the new
     P."""

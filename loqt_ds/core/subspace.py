@@ -4,12 +4,13 @@ Idea: P spans the directions, on the smaller side of the weight, that hold most 
 
     P = the top r left singular vectors of A,      captured energy = ‖Pᵀ A‖² / ‖A‖²
 
-(LoQT, arXiv 2405.16528, section 3.1; the projection is GaLore's, arXiv 2403.03507.) Three ways to it: the exact SVD of
-A; the eigenvectors of A Aᵀ (k × k, formed and solved in float64, because it squares the condition number); and the SVD
-of a sketch S = A Ω, which can be summed over micro-batches and ranks without A ever existing. Ω starts Gaussian and is
-turned by power iterations, Ω ← orth(Aᵀ A Ω), on the first micro-batch of all ranks (Halko, Martinsson, Tropp, arXiv
-0909.4061, section 4.5). Starting from the first moment of the trained factor, an average of earlier AᵀP, was measured
-and is not better once there is an iteration (benchmarks/results/subspace).
+(LoQT, arXiv 2405.16528, section 3.1; the projection is GaLore's, arXiv 2403.03507.) Four ways to it: the exact SVD of
+A; the eigenvectors of A Aᵀ (k × k, formed and solved in float64, because it squares the condition number); subspace
+iteration, U ← orth(A Aᵀ U) from r + p Gaussian columns, and then the SVD of Uᵀ A, which costs less than either while
+r + p is well below k (Halko, Martinsson, Tropp, arXiv 0909.4061, section 4.5); and the SVD of a sketch S = A Ω, which
+can be summed over micro-batches and ranks without A ever existing. Ω starts Gaussian and is turned by power iterations,
+Ω ← orth(Aᵀ A Ω), on the first micro-batch of all ranks. Starting from the first moment of the trained factor, an
+average of earlier AᵀP, was measured and is not better once there is an iteration (benchmarks/results/reinit).
 
 Departures from the paper: it uses the exact SVD only. Directions that the gradient does not have (fewer tokens than the
 rank) are taken from the old P, then at random, instead of being whatever a decomposition of rounding errors returns.
@@ -26,11 +27,13 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 SIDES = ("auto", "left", "right")
+POWER_ITERATIONS = 2  # of subspace iteration, and of the columns that a sketch is taken with
 
 # Directions of the old P whose part outside the new one is shorter than this are rounding errors of quantization.
 _SMALLEST_RESIDUAL = 1e-2
@@ -46,6 +49,8 @@ class Basis:
     """(k, numerical_rank) float32."""
     numerical_rank: int
     """How many directions the matrix has, at most the rank asked for."""
+    values: Tensor
+    """(numerical_rank,) float64: ‖vᵀ A‖ of each direction v, that is, the singular values of A or of its sketch."""
 
 
 @dataclass(frozen=True)
@@ -112,28 +117,51 @@ def sketch_basis(sketch: Tensor, rank: int) -> Basis:
     q, r = torch.linalg.qr(sketch.detach().float())  # (k, min(k, c)), (min(k, c), c)
     left, values = _left_vectors(r)
     small = _cut(left, values, rank, _tolerance(sketch))
-    return Basis(q @ small.vectors, small.numerical_rank)
+    return Basis(q @ small.vectors, small.numerical_rank, small.values)
 
 
-_METHODS: dict[str, tuple[tuple[str, Callable[[Tensor, int], Basis]], ...]] = {
-    "exact": (("exact", exact_basis), ("gram", gram_basis)),
-    "gram": (("gram", gram_basis), ("exact", exact_basis)),
-    "sketch": (("sketch", sketch_basis), ("exact", exact_basis)),
+@torch.no_grad()
+def iterated_basis(gradient: Tensor, rank: int, *, oversampling: int, seed: int) -> Basis:
+    """Top singular vectors of `gradient` (k, l), up to what POWER_ITERATIONS leave unseparated, in float32."""
+    matrix = gradient.detach().float()
+    num_columns = min(rank + oversampling, *matrix.shape)
+    # The columns rather than A are scaled, so that products of a tiny gradient do not underflow, without a copy of it.
+    size = max(float(torch.linalg.vector_norm(matrix, dtype=torch.float64)), 1e-30)
+    columns = _gaussian(len(matrix), num_columns, _generator(seed, "subspace iteration")).to(matrix.device)
+    for _ in range(POWER_ITERATIONS):
+        columns = orthonormal(matrix @ (matrix.T @ (columns / size)))  # (k, c)
+    left, values = _left_vectors(columns.T @ matrix)  # (c, c)
+    small = _cut(left, values, rank, _tolerance(matrix))
+    return Basis(columns @ small.vectors, small.numerical_rank, small.values)
+
+
+_METHODS: dict[str, tuple[str, ...]] = {
+    "exact": ("exact", "gram"),
+    "gram": ("gram", "exact"),
+    "iterated": ("iterated", "gram", "exact"),
+    "sketch": ("sketch", "exact"),
 }
 
 
-def decompose(gradient: Tensor, rank: int, method: str) -> tuple[Basis, str]:
+def decompose(gradient: Tensor, rank: int, method: str, *, oversampling: int = 32, seed: int = 0) -> tuple[Basis, str]:
     """The basis of `gradient` (k, l), or of a sketch (k, c), by `method`; where that fails, by the next one.
 
-    Returns the basis and the method that gave it. Raises LinAlgError, naming every attempt, when all fail: the caller
-    decides what that means (a training run keeps its old P).
+    `oversampling` and `seed` are those of subspace iteration; the others do not use them. Returns the basis and the
+    method that gave it. Raises LinAlgError, naming every attempt, when all fail: the caller decides what that means (a
+    training run keeps its old P).
     """
     if method not in _METHODS:
         raise ValueError(f"subspace method {method!r} does not exist; use one of {', '.join(_METHODS)}")
+    functions: dict[str, Callable[[Tensor, int], Basis]] = {
+        "exact": exact_basis,
+        "gram": gram_basis,
+        "iterated": partial(iterated_basis, oversampling=oversampling, seed=seed),
+        "sketch": sketch_basis,
+    }
     failures = []
-    for name, function in _METHODS[method]:
+    for name in _METHODS[method]:
         try:
-            return function(gradient, rank), name
+            return functions[name](gradient, rank), name
         except torch.linalg.LinAlgError as error:
             failures.append(f"{name}: {error}")
     raise torch.linalg.LinAlgError(f"no decomposition of a {tuple(gradient.shape)} matrix: {'; '.join(failures)}")
@@ -151,7 +179,7 @@ def _cut(vectors: Tensor, values: Tensor, rank: int, tolerance: float) -> Basis:
     if not bool(torch.isfinite(values).all()) or not bool(torch.isfinite(vectors).all()):
         raise torch.linalg.LinAlgError("the decomposition returned values that are not finite")
     numerical_rank = 0 if largest == 0.0 else min(rank, int((values > tolerance * largest).sum()))
-    return Basis(vectors[:, :numerical_rank].float().contiguous(), numerical_rank)
+    return Basis(vectors[:, :numerical_rank].float().contiguous(), numerical_rank, values[:numerical_rank].double())
 
 
 # ---- sketches -------------------------------------------------------------------------------------------------------

@@ -213,9 +213,10 @@ def gathered_bytes(layer: LoQTLinear, config: Config) -> int:
 def decompose_bytes(layer: LoQTLinear, config: Config) -> int:
     """Temporaries of gathering for one layer or of finding its P, in float32.
 
-    For gram the (k, k) matrix, its eigenvectors and workspace in float64; for the sketch S, its QR, the small matrices
+    For gram the (k, k) matrix, its eigenvectors and workspace in float64; for subspace iteration columns of both sides,
+    and the small matrices in float64; for the sketch S, its QR, the small matrices
     in float64 and P, or in the tap Ω, its QR and Q; for exact the left and right factors and LAPACK's copy. Before, for
-    gram and exact, copies in float32 of what the gradient is the product of.
+    all but the sketch, copies in float32 of what the gradient is the product of.
     """
     (k, rank), length = layer.basis_shape, layer.factor_length
     method = subspace_method(layer, config.loqt.subspace)
@@ -224,6 +225,9 @@ def decompose_bytes(layer: LoQTLinear, config: Config) -> int:
     if method == "sketch":
         columns = sketch_columns(layer, config.loqt.sketch_oversampling)
         return max(4 * (2 * k * columns + k * rank) + 3 * 8 * columns**2, 4 * 3 * length * columns)
+    if method == "iterated":
+        columns = sketch_columns(layer, config.loqt.sketch_oversampling)
+        return max(4 * (3 * k + length) * columns + 3 * 8 * columns**2, copies)
     if method == "gram":
         return max(8 * 3 * k * k + 4 * k * rank, copies)
     return max(4 * (2 * k * length + k * k), copies)

@@ -14,8 +14,8 @@ owners, one layer each at a time, find P, merge, quantize and compensate in para
 and the new B. Sums and broadcasts are issued in an order that depends on nothing but the model.
 The gradient is the one at the effective weight before the update; the merged weight is one update newer (harmless).
 
-The exact and Gram methods sum G = Σ dYᵀX in float32. The sketch sums S = A Ω (k, r + p) only, A being G or its
-transpose: G is linear in the data, so it never exists. Ω comes from Gaussian columns by power iterations on the
+The exact, Gram and iterated methods sum G = Σ dYᵀX in float32. The sketch sums S = A Ω (k, r + p) only, A being G or
+its transpose: G is linear in the data, so it never exists. Ω comes from Gaussian columns by power iterations on the
 gradient of the first micro-batch, of all ranks together, and is kept for the step. (Several ranks must therefore meet
 their layers in the same order in that backward, as ZeRO's own reductions ask for.) The energy P captures is exact where
 G is there; for a sketch it is estimated from eight Gaussian probe columns Z that P never saw, ‖PᵀAZ‖² / ‖AZ‖².
@@ -24,9 +24,8 @@ G is there; for a sketch it is estimated from eight Gaussian probe columns Z tha
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +36,7 @@ from loqt_ds.core.compensation import compensate
 from loqt_ds.core.quantization import Packed, dequantize, quantize
 from loqt_ds.core.schedules import ReinitSchedule
 from loqt_ds.core.subspace import (
+    POWER_ITERATIONS,
     Completed,
     captured_energy,
     complete_basis,
@@ -47,14 +47,16 @@ from loqt_ds.core.subspace import (
     power_iterate,
     probe_matrix,
     project_moments,
+    squared_norm,
     test_matrix,
 )
 from loqt_ds.method.linear import LoQTLinear
+from loqt_ds.method.reports import Clock, LayerReport, ReinitReport
 from loqt_ds.ranks import ALONE, Ranks, Work
 
 NUM_PROBES = 8  # Gaussian columns that a sketch's energy is measured on
-POWER_ITERATIONS = 2
-AUTO_GRAM_LIMIT = 512  # loqt.subspace=auto: Gram up to this smaller side, the sketch above
+AUTO_WHOLE_LIMIT = 512  # loqt.subspace=auto: of the whole gradient up to this smaller side, of a sketch above
+AUTO_ITERATED_SHARE = 0.5  # and where the rank is more than this part of the smaller side, by Gram
 
 
 def sketch_columns(layer: LoQTLinear, oversampling: int) -> int:
@@ -63,10 +65,13 @@ def sketch_columns(layer: LoQTLinear, oversampling: int) -> int:
 
 
 def subspace_method(layer: LoQTLinear, subspace: str) -> str:
-    """How the P of a layer is found: `loqt.subspace`, with auto decided by the layer's smaller side."""
+    """How the P of a layer is found: `loqt.subspace`, with auto decided by the layer's smaller side and rank."""
     if subspace != "auto":
         return subspace
-    return "gram" if layer.basis_shape[0] <= AUTO_GRAM_LIMIT else "sketch"
+    smaller = layer.basis_shape[0]
+    if smaller > AUTO_WHOLE_LIMIT:
+        return "sketch"
+    return "iterated" if layer.rank <= AUTO_ITERATED_SHARE * smaller else "gram"
 
 
 class FactorStore(Protocol):
@@ -92,52 +97,6 @@ class FactorStore(Protocol):
 
     def reset_moments(self, name: str) -> None:
         """Makes the optimizer's state of B that of a new parameter."""
-
-
-@dataclass
-class LayerReport:
-    """What one re-initialization did to one layer."""
-
-    name: str
-    kept: str | None = None  # why the layer kept its P, if it did
-    method: str = ""
-    captured_energy: float = math.nan
-    error_before: float = math.nan  # ‖W − quantized W‖/‖W‖
-    error_after: float = math.nan  # ‖W − W_eff‖/‖W‖
-    num_from_previous: int = 0  # columns of P taken from the old P, for want of rank
-    num_random: int = 0
-
-
-@dataclass
-class ReinitReport:
-    """One re-initialization of the whole model."""
-
-    step: int
-    seconds: float
-    layers: list[LayerReport]
-
-    def summary(self) -> dict[str, Any]:
-        """What a log line shows: means over the layers that changed, and counts."""
-        changed = [layer for layer in self.layers if layer.kept is None]
-
-        def mean(values: list[float]) -> float | None:
-            known = [value for value in values if not math.isnan(value)]
-            return sum(known) / len(known) if known else None
-
-        return {
-            "num_layers": len(changed),
-            "num_kept": len(self.layers) - len(changed),
-            "captured_energy": mean([layer.captured_energy for layer in changed]),
-            "error_before": mean([layer.error_before for layer in changed]),
-            "error_after": mean([layer.error_after for layer in changed]),
-            "num_from_previous": sum(layer.num_from_previous for layer in changed),
-            "num_random": sum(layer.num_random for layer in changed),
-            "seconds": self.seconds,
-        }
-
-    def record(self) -> dict[str, Any]:
-        """The JSON event: the summary and each layer's numbers."""
-        return self.summary() | {"layers": [asdict(layer) for layer in self.layers]}
 
 
 @dataclass
@@ -178,7 +137,7 @@ class _Step:
     num_reducing: int = 0  # layers, in the order of reductions, whose sum over the ranks was started
     pending: dict[str, _Pending] = field(default_factory=dict)
     reports: dict[str, LayerReport] = field(default_factory=dict)
-    seconds: float = 0.0
+    clock: Clock = field(default_factory=Clock)
 
 
 def assign_owners(costs: dict[str, float], world_size: int) -> dict[str, int]:
@@ -227,10 +186,16 @@ class Controller:
         self._current: _Step | None = None
 
     def _cost(self, layer: LoQTLinear) -> float:
-        """Operations of a re-initialization, about: decomposition, compensation, merge."""
+        """Operations of a re-initialization, about: decomposition, merge, compensation."""
         (k, r), length = layer.basis_shape, layer.factor_length
-        columns = r + self.options.sketch_oversampling if self.method(layer) == "sketch" else k
-        return float(k * columns * columns + k * length * r * (2 + 2 * self.options.compensation_steps))
+        columns, method = sketch_columns(layer, self.options.sketch_oversampling), self.method(layer)
+        if method == "sketch":
+            found = k * columns * columns
+        elif method == "iterated":
+            found = k * columns * (length + columns) * (2 * POWER_ITERATIONS + 1)
+        else:
+            found = k * k * (k + length)
+        return float(found + k * length * r * (2 + 2 * self.options.compensation_steps))
 
     def _make_rounds(self, costs: dict[str, float]) -> list[list[str]]:
         """Layers that are re-initialized at the same time, at most one of each owner; costly ones together."""
@@ -266,21 +231,21 @@ class Controller:
         def tap(dy: Tensor, x: Tensor) -> None:
             current = self._current
             assert current is not None
-            started = time.perf_counter()
-            if dy.dtype == torch.float16:  # its range is too small for products of scaled gradients
-                dy, x = dy.float(), x.float()
-            inner, outer = (x, dy) if layer.side == "right" else (dy, x)  # (T, k), (T, l)
-            gathered = current.gathered.get(name)
-            if gathered is None:
-                columns = self._columns(name, layer, inner, outer) if self.method(layer) == "sketch" else None
-                gathered = current.gathered[name] = self._nothing(layer, columns)
-            gathered.num_tokens += len(inner)
-            if gathered.columns is None:
-                # float32: products of bf16 gradients would be rounded to bf16 before they are summed.
-                gathered.total.addmm_(inner.float().t(), outer.float())
-            else:
-                gathered.total += inner.t() @ (outer @ gathered.columns)
-            current.seconds += time.perf_counter() - started
+            with current.clock.part("gather"):
+                if dy.dtype == torch.float16:  # its range is too small for products of scaled gradients
+                    dy, x = dy.float(), x.float()
+                inner, outer = (x, dy) if layer.side == "right" else (dy, x)  # (T, k), (T, l)
+                gathered = current.gathered.get(name)
+                if gathered is None:
+                    with current.clock.part("columns"):
+                        columns = self._columns(name, layer, inner, outer) if self.method(layer) == "sketch" else None
+                    gathered = current.gathered[name] = self._nothing(layer, columns)
+                gathered.num_tokens += len(inner)
+                if gathered.columns is None:
+                    # float32: products of bf16 gradients would be rounded to bf16 before they are summed.
+                    gathered.total.addmm_(inner.float().t(), outer.float())
+                else:
+                    gathered.total += inner.t() @ (outer @ gathered.columns)
 
         return tap
 
@@ -342,14 +307,13 @@ class Controller:
         current = self._current
         if current is None or not current.due or name in current.complete:
             return
-        started = time.perf_counter()
         current.complete.add(name)
         self.layers[name].tap = None
         if self.ranks.world_size == 1:
-            current.pending[name] = self._next_basis(name, current.gathered.pop(name, None))
+            current.pending[name] = self._next_basis(current, name)
         else:
-            self._start_reductions(current)
-        current.seconds += time.perf_counter() - started
+            with current.clock.part("sum"):
+                self._start_reductions(current)
 
     def _start_reductions(self, current: _Step) -> None:
         """Starts the sums of layers that are complete, as far as the common order allows, and lets go of those that
@@ -380,21 +344,38 @@ class Controller:
             if self.owners[name] != self.ranks.rank or not count:
                 del current.gathered[name]
 
-    def _next_basis(self, name: str, gathered: _Gathered | None) -> _Pending:
-        """The next P (k, r), packed; none where the layer keeps the one it has."""
+    def _next_basis(self, current: _Step, name: str) -> _Pending:
+        """The next P (k, r) from what was gathered, which goes, packed; none where the layer keeps the one it has."""
+        gathered = current.gathered.pop(name, None)
+        with current.clock.part("decompose"):
+            full, report = self._find_basis(name, gathered)
+        if full is None:
+            return _Pending(None, report)
+        with current.clock.part("quantize P"):
+            return _Pending(quantize(full.vectors, self.layers[name].spec_p), report)
+
+    def _find_basis(self, name: str, gathered: _Gathered | None) -> tuple[Completed | None, LayerReport]:
+        """The next P (k, r) in float32, and what there is to say about it."""
         layer, report = self.layers[name], LayerReport(name)
         first = name not in self._initialized
         seed = self._layer_seed(name + "/basis")
         full: Completed | None = None
+        size = 0.0 if gathered is None else squared_norm(gathered.total)
         if gathered is None:
             report.kept = "no gradient reached the layer"
-        elif not torch.isfinite(gathered.total).all():
+        elif not math.isfinite(size):
             report.kept = "the gradient is not finite"
-        elif not gathered.total.any():
+        elif size == 0.0:
             report.kept = "the gradient is zero"
         else:
             try:
-                basis, report.method = decompose(gathered.sketch(), layer.rank, self.method(layer))
+                basis, report.method = decompose(
+                    gathered.sketch(),
+                    layer.rank,
+                    self.method(layer),
+                    oversampling=self.options.sketch_oversampling,
+                    seed=seed,
+                )
                 previous = None if first else layer.basis_hat()
                 # A sketch rounded to bf16 hides that its gradient has no more rank than tokens.
                 vectors = basis.vectors[:, : gathered.num_tokens]
@@ -402,16 +383,18 @@ class Controller:
             except torch.linalg.LinAlgError as error:
                 report.kept = f"the decomposition failed: {error}"
             else:
-                report.captured_energy = captured_energy(gathered.probed(), full.vectors)
-        if full is None:
-            if not first:
-                return _Pending(None, report)
+                if gathered.is_sketch:
+                    report.captured_energy = captured_energy(gathered.probed(), full.vectors)
+                else:  # directions that the gradient does not have add nothing
+                    report.captured_energy = float(basis.values[: gathered.num_tokens].square().sum()) / size
+        if full is None and first:
             # A layer without any P would learn nothing until the next time: it starts from a random basis.
             report.method, report.kept = f"random ({report.kept})", None
             nothing = torch.zeros(layer.basis_shape[0], 0, dtype=torch.float32, device=layer.B.device)
             full = complete_basis(nothing, layer.rank, previous=None, seed=seed)
-        report.num_from_previous, report.num_random = full.num_from_previous, full.num_random
-        return _Pending(quantize(full.vectors, layer.spec_p), report)
+        if full is not None:
+            report.num_from_previous, report.num_random = full.num_from_previous, full.num_random
+        return full, report
 
     # ---------------------------------------------------------------- from P to W, B
 
@@ -425,24 +408,29 @@ class Controller:
     def _reinitialize(self, current: _Step, names: list[str]) -> None:
         """Merges, quantizes and compensates layers of different owners, each on its owner, and installs the results on
         all ranks."""
-        started = time.perf_counter()
+        with current.clock.part("exchange"):
+            self._reinitialize_and_exchange(current, names)
+
+    def _reinitialize_and_exchange(self, current: _Step, names: list[str]) -> None:
+        part = current.clock.part
         project = self.options.optimizer_state == "project"
         values: dict[str, list[Tensor]] = {}  # B, and both moments if they are to be projected
         factors: dict[str, Tensor | None] = {}
         moments: dict[str, list[Tensor | None]] = {}
-        for name in names:
-            owner, first = self.owners[name], name not in self._initialized
-            factors[name] = None if first and self._original is not None else self.store.read(name, owner)
-            if project and not first and self.store.has_moments(name):
-                moments[name] = [self.store.moment(name, index, owner) for index in (0, 1)]
+        with part("read B"):
+            for name in names:
+                owner, first = self.owners[name], name not in self._initialized
+                factors[name] = None if first and self._original is not None else self.store.read(name, owner)
+                if project and not first and self.store.has_moments(name):
+                    moments[name] = [self.store.moment(name, index, owner) for index in (0, 1)]
         mine = [name for name in names if self.owners[name] == self.ranks.rank]
 
         def rebuild() -> list[LayerReport]:
             reports = []
             for name in mine:  # one or none
-                pending = current.pending.pop(name, None) or self._next_basis(name, current.gathered.pop(name, None))
+                pending = current.pending.pop(name, None) or self._next_basis(current, name)
                 if pending.packed_p is not None:
-                    values[name] = self._rebuild(name, pending, factors[name], moments.get(name))
+                    values[name] = self._rebuild(current, name, pending, factors[name], moments.get(name))
                 reports.append(pending.report)
             return reports
 
@@ -450,34 +438,41 @@ class Controller:
         for report in sorted(reports, key=lambda report: names.index(report.name)):
             current.reports[report.name] = report
             if report.kept is None:
-                self._install(report.name, values.get(report.name), projected=report.name in moments)
-        current.seconds += time.perf_counter() - started
+                with part("install"):
+                    self._install(report.name, values.get(report.name), projected=report.name in moments)
 
     def _rebuild(
-        self, name: str, pending: _Pending, factor: Tensor | None, moments: list[Tensor | None] | None
+        self,
+        current: _Step,
+        name: str,
+        pending: _Pending,
+        factor: Tensor | None,
+        moments: list[Tensor | None] | None,
     ) -> list[Tensor]:
         """Sets W and P of a layer on its owner; returns the new B, and moments where they are given, shaped like B."""
         layer, report = self.layers[name], pending.report
         assert pending.packed_p is not None
-        if factor is None:
-            assert self._original is not None
-            weight = self._original(name).to(device=layer.B.device, dtype=torch.float32)
-        else:
-            weight = layer.effective_weight(layer.canonical(factor))
-        new_hat = dequantize(pending.packed_p, layer.basis_shape, layer.spec_p)
+        with current.clock.part("merge"):
+            if factor is None:
+                assert self._original is not None
+                weight = self._original(name).to(device=layer.B.device, dtype=torch.float32)
+            else:
+                weight = layer.effective_weight(layer.canonical(factor))
+            new_hat = dequantize(pending.packed_p, layer.basis_shape, layer.spec_p)
         projected: list[Tensor] = []
         if moments is not None:
             one, two = (layer.canonical(moment) for moment in moments if moment is not None)
             between = overlap(layer.basis_hat(), new_hat)  # (r, r)
             projected = [layer.canonical(moment) for moment in project_moments(one, two, between)]
-        result = compensate(
-            weight,
-            new_hat,
-            side=layer.side,
-            scale=layer.scale,
-            iterations=self.options.compensation_steps,
-            spec=layer.spec_w,
-        )
+        with current.clock.part("compensate"):
+            result = compensate(
+                weight,
+                new_hat,
+                side=layer.side,
+                scale=layer.scale,
+                iterations=self.options.compensation_steps,
+                spec=layer.spec_w,
+            )
         layer.set_w(result.packed)
         layer.set_p(pending.packed_p)
         report.error_before, report.error_after = result.error_before, result.error_after
@@ -522,15 +517,14 @@ class Controller:
         report = None
         if current.due:
             if self.ranks.world_size > 1:
-                started = time.perf_counter()
-                self._finish_reductions(current)  # also of a skipped step: ranks may have started different ones
-                current.seconds += time.perf_counter() - started
+                with current.clock.part("sum"):
+                    self._finish_reductions(current)  # also of a skipped step: ranks may have started different ones
             if applied:
                 for names in self._rounds:
                     if waiting := [name for name in names if name not in current.reports]:
                         self._reinitialize(current, waiting)
                 layers = [current.reports[name] for name in self.layers]
-                report = ReinitReport(current.step, current.seconds, layers)
+                report = ReinitReport(current.step, current.clock.seconds, layers)
             self._overdue = not applied
             for layer in self.layers.values():
                 layer.tap = None

@@ -231,14 +231,16 @@ def test_a_sketch_is_linear_in_the_micro_batches(monkeypatch):
         assert relative(parts[name], expected) < 1e-3
 
 
-def test_auto_chooses_by_the_smaller_side(monkeypatch):
+def test_auto_chooses_by_the_smaller_side_and_the_rank(monkeypatch):
     f = Fixture(subspace="auto")
+    assert {f.controller.method(layer) for layer in f.layers.values()} == {"iterated"}
+    monkeypatch.setattr(controller_module, "AUTO_ITERATED_SHARE", (RANK - 1) / 40)
     assert {f.controller.method(layer) for layer in f.layers.values()} == {"gram"}
-    monkeypatch.setattr(controller_module, "AUTO_GRAM_LIMIT", 39)
+    monkeypatch.setattr(controller_module, "AUTO_WHOLE_LIMIT", 39)
     assert {f.controller.method(layer) for layer in f.layers.values()} == {"sketch"}
 
 
-@pytest.mark.parametrize("method", ["exact", "gram", "sketch"])
+@pytest.mark.parametrize("method", ["exact", "gram", "iterated", "sketch"])
 def test_fewer_tokens_than_the_rank(method):
     """Missing columns come at random the first time, from the old P afterwards, and are counted."""
     f = Fixture(subspace=method, quantize_p="none")

@@ -97,7 +97,7 @@ def test_captured_energy_is_that_of_a_float64_svd(method: str, kind: str, shape:
         assert subspace.captured_energy(matrix, basis.vectors) == pytest.approx(best, abs=1e-4)
 
 
-@pytest.mark.parametrize("method", ["exact", "gram", "sketch"])
+@pytest.mark.parametrize("method", ["exact", "gram", "iterated", "sketch"])
 @pytest.mark.parametrize("out_features, in_features", [(352, 128), (128, 352), (96, 96), (53, 37)])
 def test_a_low_rank_gradient_is_captured_whole_on_both_sides(method: str, out_features: int, in_features: int) -> None:
     # Mistake 2 of the reference: rows instead of columns of the eigenvectors on the right side, 0.18 captured.
@@ -113,14 +113,49 @@ def test_a_low_rank_gradient_is_captured_whole_on_both_sides(method: str, out_fe
         assert subspace.captured_energy(canonical, wrong) < 0.6
 
 
-@pytest.mark.parametrize("method", ["exact", "gram", "sketch"])
+@pytest.mark.parametrize("kind", ["random", "low", "tiny", "decaying"])
+@pytest.mark.parametrize("shape", [*SHAPES, (160, 300)])
+def test_subspace_iteration_captures_what_a_float64_svd_does(kind: str, shape: tuple[int, int]) -> None:
+    matrix = spectrum_matrix(*shape, kind, seed=shape[0])
+    # A spectrum without decay is the worst case: the columns beside the rank are worth as much as those within.
+    tolerance = 0.08 if kind in ("random", "tiny") else 2e-3
+    for rank in sorted({1, max(1, min(shape) // 4), min(shape)}):
+        basis, used = subspace.decompose(matrix, rank, "iterated", oversampling=32, seed=rank)
+        assert used == "iterated" and basis.vectors.dtype == torch.float32
+        assert basis.numerical_rank == (min(rank, 3, min(shape)) if kind == "low" else rank)
+        assert_orthonormal(basis.vectors)
+        captured = energy_float64(matrix, basis.vectors)
+        assert captured >= (1 - tolerance) * best_energy(matrix, rank)
+        if rank + 32 >= min(shape):  # nothing is left out
+            assert captured == pytest.approx(best_energy(matrix, rank), rel=1e-4)
+
+
+def test_subspace_iteration_depends_on_its_seed_alone() -> None:
+    matrix = spectrum_matrix(96, 200, "random", seed=3)
+    state = torch.get_rng_state()
+    one, two, other = (subspace.iterated_basis(matrix, 16, oversampling=4, seed=seed).vectors for seed in (5, 5, 6))
+    assert torch.equal(one, two) and not torch.equal(one, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("method", ["exact", "gram", "iterated", "sketch"])
+def test_values_are_the_norms_along_the_directions(method: str) -> None:
+    for scale in (1.0, 1e-25):
+        matrix = spectrum_matrix(48, 70, "decaying", seed=8) * scale
+        basis, _ = subspace.decompose(matrix, 9, method)
+        expected = (matrix.double().T @ basis.vectors.double()).norm(dim=0)
+        assert basis.values.dtype == torch.float64
+        assert torch.allclose(basis.values, expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
+
+
+@pytest.mark.parametrize("method", ["exact", "gram", "iterated", "sketch"])
 def test_zero_gradient_has_no_directions(method: str) -> None:
     basis, _ = subspace.decompose(torch.zeros(16, 24), 4, method)
     assert basis.numerical_rank == 0 and basis.vectors.shape == (16, 0)
     assert subspace.captured_energy(torch.zeros(16, 24), orthonormal(16, 4)) == 0.0
 
 
-@pytest.mark.parametrize("method", ["exact", "gram", "sketch"])
+@pytest.mark.parametrize("method", ["exact", "gram", "iterated", "sketch"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_never_becomes_a_basis(method: str, bad: float) -> None:
     gradient = gaussian(16, 24)
@@ -144,11 +179,11 @@ def test_a_failing_decomposition_falls_back(monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(torch.linalg.LinAlgError, match="exact: did not converge; gram: did not converge"):
             subspace.decompose(gradient, 4, "exact")
     monkeypatch.setattr(torch.linalg, "eigh", fail)
-    for method in ("gram", "sketch"):
+    for method in ("gram", "iterated", "sketch"):
         basis, used = subspace.decompose(gradient, 4, method)
         assert used == "exact"
         assert energy_float64(gradient, basis.vectors) == pytest.approx(best, abs=1e-4)
-    with pytest.raises(ValueError, match="qr.*exact, gram, sketch"):
+    with pytest.raises(ValueError, match="qr.*exact, gram, iterated, sketch"):
         subspace.decompose(gradient, 4, "qr")
 
 
