@@ -219,7 +219,7 @@ def seconds_of(action: Callable[[], Any], device: torch.device) -> float:
 
 def rates(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """Operations per second of a large product, bytes per second of a large copy; the best of a few."""
-    size = 8192 if device.type == "cuda" else 2048
+    size = 8192 if device.type == "cuda" else 1024
     one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     source = torch.randn(2**28 // 4, device=device)
     target = torch.empty_like(source)
@@ -275,13 +275,12 @@ def profiled(action: Callable[[], None], device: torch.device, trace: str | None
     return by_part(profiler.events(), on_cuda=device.type == "cuda"), wall
 
 
-def measure(config: Config, *, full_rank: bool, num_steps: int, trace: str | None) -> dict[str, Any]:
-    """Everything about one configuration, as JSON."""
+def build(config: Config, *, full_rank: bool) -> tuple[Config, Any, StepBatches, torch.device]:
+    """The resolved configuration, what takes steps, their batches, and the device."""
     device = choose_device(config)
     config = resolve_config(config, device)
     description = model_description(config)
     config = resolve_activations(config, description, device, None, ALONE, None)
-    vocab_size, dtype = int(description.vocab_size), training_dtype(config)
     torch.manual_seed(config.train.seed)
     engine: Any
     if full_rank:
@@ -290,7 +289,13 @@ def measure(config: Config, *, full_rank: bool, num_steps: int, trace: str | Non
     else:
         model, original = load_model(config, description, device, ALONE, resumed=False, say=lambda _: None)
         engine = build_engine(config, model.train(), None, original, ALONE)
-    batches = batches_of(config, vocab_size, device)
+    return config, engine, batches_of(config, int(description.vocab_size), device), device
+
+
+def measure(config: Config, *, full_rank: bool, num_steps: int, trace: str | None) -> dict[str, Any]:
+    """Everything about one configuration, as JSON."""
+    config, engine, batches, device = build(config, full_rank=full_rank)
+    vocab_size, dtype = int(model_description(config).vocab_size), training_dtype(config)
 
     def step(times: int = 1) -> None:
         for _ in range(times):

@@ -103,7 +103,7 @@ def test_options_of_the_measurements_are_options_of_the_product(tool: Any, name:
 def test_subspace_methods_agree_on_a_matrix_of_low_rank(tool: Any) -> None:
     import torch
 
-    benchmark = tool("benchmark_subspace")
+    benchmark = tool("benchmark_reinit")
     generator = torch.Generator().manual_seed(3)
     gradient = torch.randn(24, 5, generator=generator) @ torch.randn(5, 70, generator=generator)
     moment = gradient.T @ torch.linalg.qr(torch.randn(24, 5, generator=generator))[0]
@@ -125,3 +125,15 @@ def test_stories260k_end_to_end(tool: Any, real_data: Path, tmp_path: Path) -> N
     assert perplexity["trained"] < perplexity["nf4"] and perplexity["exported"] < 1.2 * perplexity["trained"]
     assert perplexity["exported_bf16"] == pytest.approx(perplexity["trained"], rel=0.01)
     assert "published weights" in (output / "README.md").read_text()
+
+
+def test_a_profile_refuses_what_it_cannot_measure(
+    tool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = tool("profile_step")
+    assert profile.main(["--shape", "9m", "--tokens", "257"]) == 2
+    assert "--tokens=257 is no multiple of 256" in capsys.readouterr().err
+    assert profile.main(["--shape", "9m", "--steps", "0"]) == 2
+    assert "--steps=0 is out of range" in capsys.readouterr().err
+    assert profile.main(["--report", str(tmp_path)]) == 2
+    assert "there is no record" in capsys.readouterr().err
