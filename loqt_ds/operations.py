@@ -326,11 +326,6 @@ def decompose_work(layer: LoQTLinear, config: Config) -> Work:
         return Work(qr + 2 * c**3 + 9 * c**3 + 2 * k * c * r, 4 * 4 * (k + length) * c)
     if method == "iterated":
         c = sketch_columns(layer, config.loqt.sketch_oversampling)
-        turns = product(length, k, c, 4) * (2 * POWER_ITERATIONS + 1)
-        qr = (4 * k * c * c - 4 * c**3 // 3) * POWER_ITERATIONS
-        return turns + Work(qr + 9 * c**3 + 2 * k * c * r, 4 * 4 * k * c * POWER_ITERATIONS)
-    if method == "iterated":
-        c = sketch_columns(layer, config.loqt.sketch_oversampling)
         turn = product(length, k, c, 4) + product(k, length, c, 4) + Work(4 * k * c * c - 4 * c**3 // 3, 4 * 4 * k * c)
         small = product(c, k, length, 4) + product(c, length, c, 8) + Work(9 * c**3, 8 * 4 * c * c)
         return turn * POWER_ITERATIONS + small + product(k, c, r, 4)

@@ -3,13 +3,15 @@
     python tools/profile_step.py --shape 60m --rank 128 optim.name=adamw train.dtype=fp32
     python tools/profile_step.py --shape 60m --full-rank optim.name=adamw train.dtype=fp32
     python tools/profile_step.py --config pretrain_7b_24gb --trace step.json.gz       # for ui.perfetto.dev
+    python tools/profile_step.py --suite --work benchmarks/results/profile            # what is committed there
 
 Takes ordinary steps, on random tokens through the trainer's own batches, and one re-initialization, under
 torch.profiler; every operation is put down to a part of the step by what called it. Printed for each part: time in
 operations (on CUDA: in kernels), time that Python took in between, operations and bytes of `loqt_ds.operations`, and
 the floor, the longer of operations / rate of a large product and bytes / rate of a large copy, both measured in the
 same run. The gap is what is above the floor. With --work the tables are written there, too, as JSON and Markdown;
---report makes the README.md of such a folder.
+--report makes the README.md of such a folder. --suite measures several shapes, each in a process of its own, but those
+that --work has already.
 
 Ranges are put around the layers' methods from here: the code that is measured knows nothing of them.
 """
@@ -21,6 +23,7 @@ import json
 import os
 import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -54,6 +57,15 @@ from loqt_ds.train import set_environment
 
 ROW = 256
 PROFILED = 3  # ordinary steps
+SUITE = [
+    f"--shape {shape} {method} train.dtype={dtype}"
+    for shape, dtypes, methods in (
+        ("60m", ("fp32", "bf16"), ("--rank 32", "--rank 128", "--full-rank")),
+        ("350m", ("fp32",), ("--rank 128", "--full-rank")),
+    )
+    for dtype in dtypes
+    for method in methods
+]
 RANGE = "part: "
 LABELS = PARTS | {"data": "data"} | {name: f"re-init.: {label}" for name, label in REINIT_PARTS.items()}
 
@@ -414,6 +426,25 @@ def report(folder: Path) -> None:
     (folder / "README.md").write_text("\n\n".join([intro, *map(describe, records)]) + "\n")
 
 
+# ---------------------------------------------------------------- several
+
+
+def suite(work: Path, num_steps: int) -> int:
+    """Measures what SUITE has and the folder has not; returns how many failed."""
+    failed = 0
+    for case in SUITE:
+        arguments = [*case.split(), "optim.name=adamw", "--steps", str(num_steps), "--work", str(work)]
+        config, full_rank = configuration(options := parser().parse_args(arguments)), options.full_rank
+        if (work / f"{name_of(config, full_rank)}.json").exists():
+            continue
+        print(f"{time.strftime('%H:%M:%S')} {case}", flush=True)
+        failed += (
+            subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.DEVNULL, check=False).returncode
+            != 0
+        )
+    return failed
+
+
 # ---------------------------------------------------------------- command
 
 
@@ -423,6 +454,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--config", help="a recipe's name in configs/recipes, or a YAML file")
     what.add_argument("--shape", help="a size such as 60m, a name in configs/models, or a transformers config .json")
     what.add_argument("--report", type=Path, metavar="DIR", help="only make DIR/README.md of the records in DIR")
+    what.add_argument("--suite", action="store_true", help="what benchmarks/results/profile has; with --work")
     made.add_argument("--rank", type=int, help="loqt.rank")
     made.add_argument(
         "--tokens", type=int, help=f"tokens of a micro-batch, in rows of {ROW}; --shape: 2048 unless told"
@@ -461,6 +493,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.report is not None:
             report(options.report)
             return 0
+        if options.suite:
+            if options.work is None:
+                raise ValueError("--suite needs --work DIR, where its tables go")
+            return min(1, suite(options.work, options.steps))
         config = configuration(options)
         mark_all()
         record = measure(config, full_rank=options.full_rank, num_steps=options.steps, trace=options.trace)

@@ -135,5 +135,7 @@ def test_a_profile_refuses_what_it_cannot_measure(
     assert "--tokens=257 is no multiple of 256" in capsys.readouterr().err
     assert profile.main(["--shape", "9m", "--steps", "0"]) == 2
     assert "--steps=0 is out of range" in capsys.readouterr().err
+    assert profile.main(["--suite"]) == 2
+    assert "--suite needs --work" in capsys.readouterr().err
     assert profile.main(["--report", str(tmp_path)]) == 2
     assert "there is no record" in capsys.readouterr().err
