@@ -78,7 +78,14 @@ class Cell:
 
     def setup(self) -> Setup:
         return Setup(
-            self.shape, dtype=self.dtype, device=self.device, num_layers=self.num_layers, is_large=not self.together
+            self.shape,
+            dtype=self.dtype,
+            rows=self.rows,
+            length=self.length,
+            device=self.device,
+            num_layers=self.num_layers,
+            cap_gib=self.cap_gib,
+            is_large=not self.together,
         )
 
 
@@ -150,7 +157,8 @@ def serve(connection: Any, cell: Cell, name: str) -> None:
         connection.recv()
         began = time.perf_counter()
         contender = build(name, cell.setup())
-        connection.send(("done", {"build_seconds": time.perf_counter() - began, "before": before}))
+        built = {"build_seconds": time.perf_counter() - began, "before": before}
+        connection.send(("done", built | {"notes": getattr(contender, "notes", [])}))
         while True:
             _, number, refresh, peak = connection.recv()
             batch = text_batch(cell.rows, cell.length, number)
@@ -190,7 +198,9 @@ class Worker:
     """A process with one contender."""
 
     def __init__(self, cell: Cell, name: str) -> None:
-        context = multiprocessing.get_context("spawn")
+        # Processes forked from one that has done the imports, and nothing else: they start in no time.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["rivals", "fit", "bitsandbytes", "transformers.models.auto.modeling_auto"])
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, cell, name), daemon=True)
         self._process.start()
@@ -236,8 +246,9 @@ class Comparison:
         self.cell, self.file, self.until, self._budget = cell, work / f"{cell.name}.json", until, budget
         self._workers: dict[str, Worker] = {}
         self._began = time.monotonic()
+        described = json.loads(json.dumps(asdict(cell)))  # as it is read back
         self.record: dict[str, Any] = {
-            "cell": asdict(cell),
+            "cell": described,
             "target": rounds if cell.together or rounds is not None else MIN_ROUNDS,
             "contenders": {name: {"status": "ok"} for name in cell.contenders},
             "rounds": [],
@@ -246,12 +257,12 @@ class Comparison:
         }
         if self.file.is_file():
             self.record = json.loads(self.file.read_text())
-            if self.record["cell"] != json.loads(json.dumps(asdict(cell))):
+            if self.record["cell"] != described:
                 raise ValueError(f"{self.file} is of another cell; remove it, or give another --work")
             if rounds is not None:
                 self.record["target"] = rounds
         if not self.is_done:
-            self.record["runs"].append({"machine": machine(torch.device(cell.device)), "load": os.getloadavg()})
+            self.record["runs"].append({"machine": machine(torch.device(cell.device)), "load": list(os.getloadavg())})
 
     @property
     def is_done(self) -> bool:

@@ -12,7 +12,7 @@ from loqt_ds.operations import step_work, total
 
 
 @cache
-def operations(setup: Setup, rows: int, length: int, name: str) -> int:
+def operations(setup: Setup, name: str) -> int:
     """Of the matrix products of one ordinary step of one micro-batch, head and attention included.
 
     LoQT and full rank are `loqt_ds.operations`'. Beside full rank, GaLore projects every gradient forth and its update
@@ -20,7 +20,7 @@ def operations(setup: Setup, rows: int, length: int, name: str) -> int:
     adapters A (r, n) and B (m, r), 6 r (m + n) a token.
     """
     method, rank = parse(name)
-    config = setup.config(f"loqt.rank={rank or 1}", f"train.micro_batch_size={rows}", f"data.sequence_length={length}")
+    config = setup.config(f"loqt.rank={rank or 1}")
     facts = describe(config)
     ours = method.startswith("loqt")
     count = total(step_work(config, facts=facts, full_rank=not ours).values()).operations
@@ -31,16 +31,17 @@ def operations(setup: Setup, rows: int, length: int, name: str) -> int:
         count += {
             "galore": 4 * m * n * rank,
             "apollo": 2 * m * n * rank,
-            "qlora": rows * length * (6 * rank * (m + n) - 2 * m * n),
+            "qlora": setup.rows * setup.length * (6 * rank * (m + n) - 2 * m * n),
         }[method]
     return count
 
 
 def promised(cell: dict[str, Any], name: str, base: str) -> float | None:
     """The ratio of a contender's operations to those of `base`; None where the shape is not there any more."""
-    setup = Setup(cell["shape"], dtype=cell["dtype"], num_layers=cell["num_layers"])
+    names = ("shape", "dtype", "rows", "length", "num_layers")
+    setup = Setup(**{name: cell[name] for name in names})
     try:
-        own, other = (operations(setup, cell["rows"], cell["length"], each) for each in (name, base))
+        own, other = operations(setup, name), operations(setup, base)
     except ValueError:
         return None
     return own / other

@@ -18,7 +18,8 @@ A contender is named by its method and, where it has one, its rank:
 All have transformers' model of the same shape, the same attention and the same loss (`loqt_ds.method.head`), and train
 the same matrices in full rank: embeddings, norms and head, QLoRA's too. What differs is how the linears in between are
 trained. In bf16 the rivals update bf16 weights, as their packages do; LoQT keeps float32 masters of what it trains,
-as is its default (but loqtcard).
+as is its default (but loqtcard). On a CPU bitsandbytes dequantizes matrices whose width is no multiple of 64 wrongly
+(`loqt_ds.core.quantization` tells more): QLoRA's losses suffer from that there, its times do not.
 
 The rivals are packages: `pip install -e '.[compare]'`. (APOLLO's licence is CC-BY-NC: it is used for measuring only.)
 """
@@ -50,7 +51,7 @@ from loqt_ds.method import head
 from loqt_ds.method.conversion import target_linears
 from loqt_ds.method.description import model_description, training_dtype
 from loqt_ds.ranks import ALONE
-from loqt_ds.run import build_engine, load_model, resolve_config
+from loqt_ds.run import build_engine, load_model, resolve_activations, resolve_config
 
 SCALE = 0.25  # of GaLore's update, its authors' for pretraining; no time depends on it
 
@@ -63,15 +64,19 @@ class MissingPackage(ImportError):
 class Setup:
     """What all contenders of one comparison have in common.
 
-    shape: a name in configs/models, or a file. dtype: fp32 or bf16. num_layers: instead of the shape's own.
+    shape: a name in configs/models, or a file. dtype: fp32 or bf16. rows, length: of a batch; LoQT chooses by them how
+    it computes and what it keeps. num_layers: instead of the shape's own. cap_gib: of the device's memory.
     interval: steps between refreshes; None: in the first step, and when `step` is asked for one.
     is_large: the refresh of GaLore, an SVD of every matrix, is not made but measured on one matrix of each shape.
     """
 
     shape: str
     dtype: str = "fp32"
+    rows: int = 8
+    length: int = 256
     device: str = "cpu"
     num_layers: int | None = None
+    cap_gib: float | None = None
     lr: float = 1e-3
     interval: int | None = None
     is_large: bool = False
@@ -85,6 +90,9 @@ class Setup:
             f"train.dtype={self.dtype}",
             f"train.device={self.device}",
             f"train.seed={self.seed}",
+            f"train.micro_batch_size={self.rows}",
+            f"data.sequence_length={self.length}",
+            *([] if self.cap_gib is None else [f"train.memory_limit_gib={self.cap_gib}"]),
             "train.max_steps=1000000",
             f"optim.lr={self.lr}",
             "optim.schedule=constant",
@@ -101,7 +109,7 @@ class Setup:
 @cache
 def shape_with_layers(shape: str, num_layers: int) -> str:
     """A file, gone when this process ends, of a shape with another number of layers."""
-    _, content = describe_model(load_config(None, [f"model.shape={shape}"]))
+    _, content = describe_model(load_config(None, [f"model.shape={shape}", "data.sequence_length=2"]))
     folder = Path(tempfile.mkdtemp(prefix="loqt_shape_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     file = folder / f"{Path(shape).stem}_{num_layers}_layers.json"
@@ -422,12 +430,11 @@ class LoQT:
     def __init__(self, name: str, setup: Setup, *options: str) -> None:
         self.name, self.setup, self.device = name, setup, torch.device(setup.device)
         schedule = [] if setup.interval is None else ["loqt.schedule=static", f"loqt.interval={setup.interval}"]
-        config = setup.config(*options, *schedule)
+        config, description = setup.config(*options, *schedule), setup.description()
+        config = resolve_activations(config, description, self.device, None, ALONE, None)
         self.notes: list[str] = []
         torch.manual_seed(setup.seed)
-        model, original = load_model(
-            config, setup.description(), self.device, ALONE, resumed=False, say=self.notes.append
-        )
+        model, original = load_model(config, description, self.device, ALONE, resumed=False, say=self.notes.append)
         self.model = model.train()
         engine = build_engine(config, model, None, original, ALONE)
         assert isinstance(engine, SingleEngine)
