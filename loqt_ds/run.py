@@ -29,7 +29,7 @@ from loqt_ds.engines.base import Engine
 from loqt_ds.engines.single import SingleEngine
 from loqt_ds.failures import Voice
 from loqt_ds.memory import Asker, check_fits, device_bytes, needs_lean, zero_of
-from loqt_ds.method import head, lean
+from loqt_ds.method import compiled, head, lean
 from loqt_ds.method.conversion import (
     WeightSource,
     build_empty,
@@ -171,6 +171,8 @@ def _check_options(config: Config, ds_config: str | Path | None) -> tuple[torch.
 
         ds_options = check_deepspeed(ds_config, config)
     lean.check_kernels(config.model.kernels, [device])
+    if config.train.compile:
+        compiled.check_compiler(device)
     check_model(config)
     return device, config, ds_options
 
@@ -287,7 +289,9 @@ def check_model(config: Config) -> None:
     if description.get("quantization_config"):
         raise ConfigError(f"model.path={config.model.path}: {file} says it is quantized already; give full precision")
     model_config = model_description(config)
-    build_meta(model_config, config.loqt, dtype=training_dtype(config), attention=config.model.attention)
+    model = build_meta(model_config, config.loqt, dtype=training_dtype(config), attention=config.model.attention)
+    if config.train.compile:
+        compiled.install(model)  # refuses models without blocks
     if config.model.path is not None:
         checkpoint_files(config.model.path)(build_empty(model_config, attention=config.model.attention))
 
@@ -417,6 +421,8 @@ def load_model(
     loss = head.install(model, kernels=config.model.kernels)
     if loss.whole_logits is not None or config.model.kernels != "torch":
         say(loss.describe())
+    if config.train.compile:
+        say(f"torch.compile: {compiled.install(model)} blocks, compiled in the first steps")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"trained parameters: {trained:,}; adapted weights in {config.loqt.quantize_w}")
     return model, original

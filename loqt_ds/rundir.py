@@ -33,6 +33,7 @@ _FREE_ON_RESUME = (
     "train.memory_limit_gib",
     "optim.layerwise",
     "train.lean_activations",
+    "train.compile",
     "train.collective_timeout_seconds",
     "data.cache_dir",
     "data.num_processes",

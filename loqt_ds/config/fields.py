@@ -192,6 +192,10 @@ class TrainConfig:
     updates can honour. On one device only, and not together with max_grad_norm. null: none."""
     activation_checkpointing: bool = False
     """Recompute each block's activations in backward: less memory, about a third more time."""
+    compile: bool = False
+    """Train the transformer blocks through torch.compile (a C++ compiler on a CPU, Triton on CUDA): each block is one
+    graph with LoQT layers as operators, and what lies between them is fused. The first step, and the first without a
+    re-initialization, take the time of compiling. Losses are the same within rounding; evaluation is not compiled."""
     lean_activations: bool | Literal["auto"] = "auto"
     """Keep for the backward only what frozen weights need: normalized and activated values are computed again (12 h +
     4 i + 12 r bytes a token and layer in bf16 instead of 20 h + 8 i + 12 r). auto: only where keeping everything, which

@@ -147,6 +147,11 @@ def _check_model(config: Config) -> None:
             "model.kernels=liger with train.lean_activations=false: Liger's normalization and gated activation keep as "
             "little as lean activations do; set train.lean_activations=true, or model.kernels=torch"
         )
+    if model.kernels == "liger" and config.train.compile:
+        raise ConfigError(
+            "model.kernels=liger with train.compile=true: Liger's kernels have no place in a compiled graph, and the "
+            "compiler fuses the same operations; use model.kernels=torch, or train.compile=false"
+        )
 
 
 def _check_loqt(config: Config) -> None:

@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from loqt_ds.config import ConfigError
 from loqt_ds.method.recompute import Autocast, Computation, attach_recipe, recomputed
@@ -126,9 +127,10 @@ def install(model: nn.Module, *, kernels: str = "torch") -> LeanReport:
 
 def _replace(module: nn.Module, forward: _Forward) -> bool:
     """Gives an instance another forward, unless somebody else has."""
-    if not isinstance(vars(module).get("forward"), _Forward | None):
+    installed = vars(module).get("forward")
+    if installed is not None and not isinstance(getattr(installed, "__self__", None), _Forward):
         return False
-    module.forward = forward  # type: ignore[assignment]
+    module.forward = forward.__call__  # type: ignore[method-assign,operator]
     return True
 
 
@@ -153,8 +155,12 @@ def check_kernels(kernels: str, devices: Collection[torch.device]) -> None:
 
 # ---- forwards -------------------------------------------------------------------------------------------------------
 
-# They are objects with the module inside, not methods: an instance that has them can be copied and pickled.
-# Dynamo breaks its graph at them, as at LoQT layers: it would trace the recipes away.
+# They are objects with the module inside, not methods: an instance that has them can be copied and pickled. What is put
+# on the instance is their bound `__call__`: an object Dynamo would take for another function at each layer, and compile
+# each block of a model anew.
+#
+# Dynamo would trace recipes away. To it these forwards are checkpoints, which tell the compiler what to compute again,
+# the input of a tapped layer included. Into Liger's forwards it does not look.
 
 
 @dataclass(eq=False)
@@ -168,13 +174,20 @@ class _Forward:
 class _LeafForward(_Forward):
     """The forward of a normalization or an activation that keeps its inputs only."""
 
-    @torch.compiler.disable
     def __call__(self, *inputs: Any, **options: Any) -> Tensor:
         function = type(self.module).forward
         plain = not options and all(isinstance(value, Tensor) and value.is_floating_point() for value in inputs)
         if not (torch.is_grad_enabled() and plain):
             return function(self.module, *inputs, **options)
+        if torch.compiler.is_compiling():
+            return _checkpointed(function, self.module, *inputs)
         return recomputed(function, self.module, *inputs)
+
+
+def _checkpointed(function: Callable[..., Tensor], module: nn.Module, *inputs: Tensor) -> Tensor:
+    """`function(module, *inputs)`, in a graph of Dynamo's, marked to be computed again in the backward."""
+    value: Tensor = checkpoint(lambda *given: function(module, *given), *inputs, use_reentrant=False)
+    return value
 
 
 # ---- normalizations -------------------------------------------------------------------------------------------------
@@ -302,12 +315,12 @@ class _MlpForward(_Forward):
 
     parts: _Gated
 
-    @torch.compiler.disable
     def __call__(self, x: Tensor) -> Tensor:
         act = self.parts.activation(self.module)
         operands = self.parts.operands(self.module, x)
+        compute = _checkpointed if torch.compiler.is_compiling() else recomputed
         lean = torch.is_grad_enabled() and not _has_hooks(act)  # a second computation would call them again
-        product = recomputed(_act_times_up, act, *operands) if lean else _act_times_up(act, *operands)
+        product = compute(_act_times_up, act, *operands) if lean else _act_times_up(act, *operands)
         return getattr(self.module, self.parts.down)(product)
 
 

@@ -18,7 +18,7 @@ Legend: T tokens; k the side P lives on, l the other; "canonical" tensors are A 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from loqt_ds.core.compensation import merge
 from loqt_ds.core.quantization import Packed, QuantSpec, dequantize, dequantized, packed_layout, scratch
+from loqt_ds.method import operators
 from loqt_ds.method.recompute import Recipe, kept_inputs, recipe_of
 
 Tap = Callable[[Tensor, Tensor], None]
@@ -49,18 +50,15 @@ class _LoQTLinearFunction(torch.autograd.Function):
         recipe: Recipe | None,
         training: bool,
     ) -> Tensor:
-        rows = x.reshape(-1, layer.in_features)  # (T, in)
-        merged = layer.product_of(len(rows), x.dtype, training=training) == "merged"
-        product = _merged_forward if merged else _factored_forward
-        y, projected = product(layer, rows, factor.to(x.dtype), bias, wants_projected=training and factor.requires_grad)
+        wants_projected = training and factor.requires_grad
+        y, projected = layer.multiply(x, factor, bias, training=training, wants_projected=wants_projected)
         keeps_x = layer.tap is not None or layer.side == "left"
-        ctx.save_for_backward(factor, projected, *(_inputs_of(rows, recipe) if keeps_x else ()))
+        ctx.save_for_backward(factor, projected, *(_inputs_of(x, recipe) if keeps_x else ()))
         ctx.compute_x = recipe.computation if recipe is not None and keeps_x else None
-        ctx.layer, ctx.tapped, ctx.merged = layer, layer.tap is not None, merged
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.layer, ctx.tapped, ctx.x_dtype = layer, layer.tap is not None, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.versions = layer.versions()
-        return y.view(*x.shape[:-1], layer.out_features)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -69,36 +67,14 @@ class _LoQTLinearFunction(torch.autograd.Function):
         if ctx.versions != layer.versions():
             raise RuntimeError("W or P of a LoQTLinear was rewritten between its forward and its backward")
         factor, projected, *inputs = kept_inputs(ctx, ctx.compute_x)
-        dy = grad_output.reshape(-1, layer.out_features)  # (T, out)
-        need_x, need_factor, need_bias = ctx.needs_input_grad[:3]
-        b, right, tap = factor.to(dy.dtype), layer.side == "right", layer.tap if ctx.tapped else None
-        inner = None  # (T, r): what reaches the low-rank path from above
-        if right:
-            inner = dy @ b if need_x and not ctx.merged else None
-        elif need_factor or (need_x and not ctx.merged):
-            with layer.basis_hat_buffer(dy.dtype) as p:
-                inner = dy @ p
-        rows: Any = None  # (T, in)
-        if tap is not None or (need_factor and not right):
-            rows = inputs[0] if ctx.compute_x is None else ctx.compute_x(*inputs).to(ctx.x_dtype)
-            rows = rows.reshape(-1, layer.in_features)
-        dx = dfactor = dbias = None
-        if need_factor:
-            product = dy.t() @ projected if right else inner.t() @ rows  # type: ignore[union-attr]
-            dfactor = product.mul_(layer.scale).to(factor.dtype)
-        if tap is not None:
-            tap(dy, rows)
-        if ctx.bias_dtype is not None and need_bias:
-            dbias = dy.sum(0).to(ctx.bias_dtype)
-        if need_x:
-            rows = None  # x that was computed again goes before dx, of the same size, comes
-            if ctx.merged:
-                with layer.effective_weight_buffer(b) as w:
-                    dx = dy @ w  # (T, in)
-            else:
-                assert inner is not None
-                dx = _factored_dx(layer, dy, b, inner)
-            dx = dx.view(ctx.x_shape)
+
+        def compute_x() -> Tensor:
+            x: Tensor = inputs[0] if ctx.compute_x is None else ctx.compute_x(*inputs).to(ctx.x_dtype)
+            return x
+
+        wanted, tap = ctx.needs_input_grad[:3], layer.tap if ctx.tapped else None
+        dx, dfactor, dbias = layer.differentiate(grad_output, factor, projected, compute_x, wanted=wanted, tap=tap)
+        dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
         return dx, dfactor, dbias, None, None, None
 
 
@@ -147,9 +123,9 @@ def _merged_forward(
         return y, rows @ p
 
 
-def _inputs_of(rows: Tensor, recipe: Recipe | None) -> tuple[Tensor, ...]:
+def _inputs_of(x: Tensor, recipe: Recipe | None) -> tuple[Tensor, ...]:
     """What is kept for x: x, or what it can be computed from."""
-    return (rows,) if recipe is None else recipe.tensors
+    return (x,) if recipe is None else recipe.tensors
 
 
 class LoQTLinear(nn.Module):
@@ -204,6 +180,11 @@ class LoQTLinear(nn.Module):
         shape_b = (out_features, rank) if side == "right" else (rank, in_features)
         self.B = nn.Parameter(torch.zeros(shape_b, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        self.handle = operators.register(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.handle = operators.register(self)  # a copy is another layer
 
     @property
     def weight_shape(self) -> tuple[int, int]:
@@ -331,14 +312,70 @@ class LoQTLinear(nn.Module):
         factor = self.factor() if factor is None else factor
         return merge(weight, self.basis_hat(), factor, side=self.side, scale=self.scale)
 
-    # Dynamo cannot trace through packed bytes and a Python tap: it breaks the graph here and runs the layer eagerly.
-    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out), computed in the dtype of x, or of autocast where that is on."""
-        recipe = recipe_of(x) if torch.is_grad_enabled() else None
+        # Dynamo would drop a recipe: there, it is the compiler that decides what is computed again.
+        recipe = recipe_of(x) if torch.is_grad_enabled() and not torch.compiler.is_compiling() else None
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if torch.compiler.is_compiling():
+            return operators.call(self, x)
         return _LoQTLinearFunction.apply(x, self.B, self.bias, self, recipe, torch.is_grad_enabled())
+
+    def multiply(
+        self, x: Tensor, factor: Tensor, bias: Tensor | None, *, training: bool, wants_projected: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """y (..., out) of x (..., in), and x P (T, r) where it is wanted and P is on the right side. No graph."""
+        rows = x.reshape(-1, self.in_features)  # (T, in)
+        product = _merged_forward if self._merges(rows, training=training) else _factored_forward
+        y, projected = product(self, rows, factor.to(x.dtype), bias, wants_projected=wants_projected)
+        return y.view(*x.shape[:-1], self.out_features), projected
+
+    def differentiate(
+        self,
+        grad_output: Tensor,
+        factor: Tensor,
+        projected: Tensor | None,
+        compute_x: Callable[[], Tensor],
+        *,
+        wanted: Sequence[bool],
+        tap: Tap | None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of (x, B, bias), those of them that are wanted, of a `multiply` in training; x is computed only
+        where it is needed, `tap` called where it is given. The gradient of the bias is in the dtype of grad_output."""
+        dy = grad_output.reshape(-1, self.out_features)  # (T, out)
+        need_x, need_factor, need_bias = wanted
+        b, right, merged = factor.to(dy.dtype), self.side == "right", self._merges(dy, training=True)
+        inner = None  # (T, r): what reaches the low-rank path from above
+        if right:
+            inner = dy @ b if need_x and not merged else None
+        elif need_factor or (need_x and not merged):
+            with self.basis_hat_buffer(dy.dtype) as p:
+                inner = dy @ p
+        rows: Any = None  # (T, in)
+        if tap is not None or (need_factor and not right):
+            rows = compute_x().reshape(-1, self.in_features)
+        dx = dfactor = dbias = None
+        if need_factor:
+            product = dy.t() @ projected if right else inner.t() @ rows  # type: ignore[operator,union-attr]
+            dfactor = product.mul_(self.scale).to(factor.dtype)
+        if tap is not None:
+            tap(dy, rows)
+        if need_bias and self.bias is not None:
+            dbias = dy.sum(0)
+        if need_x:
+            rows = None  # x that was computed again goes before dx, of the same size, comes
+            if merged:
+                with self.effective_weight_buffer(b) as w:
+                    dx = dy @ w  # (T, in)
+            else:
+                assert inner is not None
+                dx = _factored_dx(self, dy, b, inner)
+            dx = dx.view(*grad_output.shape[:-1], self.in_features)
+        return dx, dfactor, dbias
+
+    def _merges(self, rows: Tensor, *, training: bool) -> bool:
+        return self.product_of(len(rows), rows.dtype, training=training) == "merged"
 
     def extra_repr(self) -> str:
         return (

@@ -265,8 +265,9 @@ def test_torch_compile_gives_the_same_result():
         results.append(gradients(block) | {"x": x.grad, "y": y, "kept": torch.tensor(kept)})
     torch._dynamo.reset()
     expected, actual = results
+    handles = 8 * len(loqt_layers(block))
+    assert 0 <= actual.pop("kept") - expected.pop("kept") <= handles
     assert all(relative(actual[name].float(), expected[name].float()) < 1e-6 for name in expected)
-    assert actual["kept"] == expected["kept"]
 
 
 # ---------------------------------------------------------------- recipes
@@ -569,7 +570,7 @@ def test_installing_again_copying_and_pickling():
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1.0)  # a copy that used the parameters of the original would see them change
-        assert other.model.norm.forward.module is other.model.norm
+        assert other.model.norm.forward.__self__.module is other.model.norm
         lm_loss(other, ids).backward()
         assert all(torch.equal(g, gradients(other)[name]) for name, g in gradients(model).items())
 
