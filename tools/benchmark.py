@@ -85,7 +85,7 @@ class Cell:
             device=self.device,
             num_layers=self.num_layers,
             cap_gib=self.cap_gib,
-            is_large=not self.together,
+            is_large=self.device == "cuda",
         )
 
 
@@ -198,9 +198,11 @@ class Worker:
     """A process with one contender."""
 
     def __init__(self, cell: Cell, name: str) -> None:
-        # Processes forked from one that has done the imports, and nothing else: they start in no time.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["rivals", "fit", "bitsandbytes", "transformers.models.auto.modeling_auto"])
+        # On a CPU, processes forked from one that has done the imports, and nothing else: they start in no time. One in
+        # which an import has looked for CUDA devices must not be forked by those that want to use them.
+        context: Any = multiprocessing.get_context("forkserver" if cell.device == "cpu" else "spawn")
+        if cell.device == "cpu":
+            context.set_forkserver_preload(["rivals", "fit", "bitsandbytes", "transformers.models.auto.modeling_auto"])
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, cell, name), daemon=True)
         self._process.start()

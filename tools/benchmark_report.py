@@ -176,8 +176,8 @@ A round is one step of each contender, one after another, each in a process of i
   quantization): what a machine that did nothing else would show.
 - */ same optimizer*: as */ full rank*, but over 8-bit AdamW in full rank where a contender's optimizer is in 8 bits.
 - *New subspaces add*: a step with a re-initialization (LoQT), an SVD of every gradient (GaLore) or new random
-  projections (APOLLO), less a step without. Where the rounds start their processes afresh, GaLore's is of one matrix of
-  each shape, times how many there are.
+  projections (APOLLO), less a step without. On CUDA, GaLore's and APOLLO's are of one matrix of each shape, times how
+  many there are.
 - Bytes are of tensors. *Peak* is what the process needed in an ordinary step above what it had before the model.
 - *Loss*: of the first step and of the last, of different pieces of text: that all of them train, not how well.
 

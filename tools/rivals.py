@@ -67,7 +67,8 @@ class Setup:
     shape: a name in configs/models, or a file. dtype: fp32 or bf16. rows, length: of a batch; LoQT chooses by them how
     it computes and what it keeps. num_layers: instead of the shape's own. cap_gib: of the device's memory.
     interval: steps between refreshes; None: in the first step, and when `step` is asked for one.
-    is_large: the refresh of GaLore, an SVD of every matrix, is not made but measured on one matrix of each shape.
+    is_large: a refresh of GaLore or APOLLO is not made but measured on one matrix of each shape, because GaLore's, an
+    SVD of every matrix, can take ten minutes.
     """
 
     shape: str

@@ -114,6 +114,22 @@ def test_how_cost_grows_is_sorted_by_what_differs(report: Any) -> None:
     assert found["layers"] == [("adamw", 3, 2000.0), ("loqt:4", 3, 5000.0)]
 
 
+def test_everything_measured_is_written_and_drawn(report: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+    rounds = [{"adamw": [step(2.0)], "loqt:4": [step(1.0)], "loqt:8": [step(3.0)]}]
+    one, two = make_record(rounds), make_record([{"adamw": [step(3.0)]}])
+    two["cell"]["rows"] = 4
+    two["contenders"]["loqt:4"] = {"status": "not installed", "error": "no"}
+    two["cell"]["contenders"].append("loqt:4")
+    points = [("LoQT, weak", 1.0, 50.0), ("LoQT, weak", 2.0, 90.0)]
+    command = ["--shape", "a b", "--report"]
+    report.write([one, two], tmp_path, command=command, processes=points, more="## More")
+    text = (tmp_path / "README.md").read_text()
+    assert "tools/benchmark.py --shape 'a b'\n" in text and "## More" in text and text.count("| adamw |") == 2
+    for name in ("ratios.png", "parts.png", "growth.png"):
+        assert name in text and (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
 # ---------------------------------------------------------------- a comparison, with workers that only count
 
 
