@@ -55,8 +55,12 @@ from loqt_ds.method.reports import Clock, LayerReport, ReinitReport
 from loqt_ds.ranks import ALONE, Ranks, Work
 
 NUM_PROBES = 8  # Gaussian columns that a sketch's energy is measured on
-AUTO_WHOLE_LIMIT = 512  # loqt.subspace=auto: of the whole gradient up to this smaller side, of a sketch above
-AUTO_ITERATED_SHARE = 0.5  # and where the rank is more than this part of the smaller side, by Gram
+# loqt.subspace=auto: up to this smaller side of the whole gradient, above of a sketch.
+AUTO_WHOLE_LIMIT = 512
+# Of the whole gradient by Gram, in float64, where that takes milliseconds; by subspace iteration, in float32, above this
+# smaller side, if the rank is no more than this part of it.
+AUTO_GRAM_LIMIT = 128
+AUTO_ITERATED_SHARE = 0.5
 
 
 def sketch_columns(layer: LoQTLinear, oversampling: int) -> int:
@@ -71,7 +75,8 @@ def subspace_method(layer: LoQTLinear, subspace: str) -> str:
     smaller = layer.basis_shape[0]
     if smaller > AUTO_WHOLE_LIMIT:
         return "sketch"
-    return "iterated" if layer.rank <= AUTO_ITERATED_SHARE * smaller else "gram"
+    is_small = smaller <= AUTO_GRAM_LIMIT or layer.rank > AUTO_ITERATED_SHARE * smaller
+    return "gram" if is_small else "iterated"
 
 
 class FactorStore(Protocol):

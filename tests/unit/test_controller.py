@@ -233,6 +233,8 @@ def test_a_sketch_is_linear_in_the_micro_batches(monkeypatch):
 
 def test_auto_chooses_by_the_smaller_side_and_the_rank(monkeypatch):
     f = Fixture(subspace="auto")
+    assert {f.controller.method(layer) for layer in f.layers.values()} == {"gram"}
+    monkeypatch.setattr(controller_module, "AUTO_GRAM_LIMIT", 39)
     assert {f.controller.method(layer) for layer in f.layers.values()} == {"iterated"}
     monkeypatch.setattr(controller_module, "AUTO_ITERATED_SHARE", (RANK - 1) / 40)
     assert {f.controller.method(layer) for layer in f.layers.values()} == {"gram"}
