@@ -290,3 +290,25 @@ def test_counted_operations_of_the_rivals(tools: dict[str, ModuleType]) -> None:
     assert operations(setup, f"qlora:{rank}") - full == num_tokens * adapters
     assert operations(setup, "adamw8bit") == full
     assert full == pytest.approx(num_tokens * 6 * (sum(m * n for m, n in matrices) + 128 * 32000), rel=0.01)
+
+
+def test_several_processes_are_as_fast_as_the_slowest_and_send_what_was_counted(tools: dict[str, ModuleType]) -> None:
+    ranks = tools["benchmark_ranks"]
+    cells = ranks.cells("llama_9m:32")
+    assert len({cell.name for cell in cells}) == len(cells)
+    strong, weak = (next(c for c in cells if c.way == way and c.world_size == 4) for way in ("strong", "weak"))
+    assert strong.own_rows * 4 == strong.rows and weak.own_rows == weak.rows
+    traffic = {"gradients": {"all_reduce": [2, 4_000_000]}, "parameters": {"all_gather": [1, 8_000_000]}}
+    rounds = [
+        {"loqt": step(s) | {"traffic": traffic}, "dense": step(2 * s) | {"traffic": traffic}} for s in (1.0, 9.0, 2.0)
+    ]
+    reinit = step(5.0) | {"traffic": traffic | {"w": {"broadcast": [1, 1_000_000]}}}
+    result = {"cell": vars(weak), "rounds": rounds, "reinit": reinit}
+    found = dict(zip(ranks.HEAD, ranks.row(result), strict=True))
+    assert found["LoQT, ms a step"] == "2,000" and found["full rank, ms a step"] == "4,000"
+    assert found["LoQT / full rank [quartiles]"] == "0.500 [0.500, 0.500]"
+    assert found["LoQT, tokens/s"] == f"{weak.rows * 4 * 256 / 2.0:,.0f}"
+    assert found["payload of a step, MB: LoQT / full rank"] == "12.0 / 12.0"
+    assert found["a rank sends ≥, MB: LoQT / full rank"] == "12.0 / 12.0", "2 4 3/4 + 8 3/4"
+    assert found["re-initialization adds, s"] == "3.00" and found["and MB"] == "1.0"
+    assert ranks.points([result])[1] == ("full rank, weak", 4.0, weak.rows * 4 * 256 / 4.0)
