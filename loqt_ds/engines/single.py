@@ -136,7 +136,9 @@ class SingleEngine:
         live = self._live()
         parameters = [self._optimizers[name].parameter for name in live]
         norms = torch.stack([gradient_norm(p.grad) for p in parameters if p.grad is not None])
-        values: list[float] = norms.tolist()  # a host-device synchronization: the one of an ordinary step
+        # A host-device synchronization, the one of an ordinary step: whether there is an update hangs on it. A CUDA
+        # device is idle from then until the update's first kernel is launched; what that costs is not measured.
+        values: list[float] = norms.tolist()
         if not all(map(math.isfinite, values)):
             for parameter in parameters:
                 parameter.grad = None

@@ -14,11 +14,13 @@ from transformers import AutoConfig
 from loqt_ds.config import LoQTConfig
 from loqt_ds.core.cross_entropy import linear_cross_entropy
 from loqt_ds.core.quantization import QuantSpec, dequantize, dequantized, quantize
+from loqt_ds.data import StepBatches
 from loqt_ds.method import lean
 from loqt_ds.method.conversion import build_model, initializer, loqt_layers
 from loqt_ds.method.head import IGNORED, _liger_loss
 from loqt_ds.method.linear import LoQTLinear
 from loqt_ds.train import main
+from loqt_ds.trainer import HostNumber
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, None], torch.Tensor]
 
@@ -26,6 +28,27 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
+
+
+def test_batches_are_pinned_and_a_loss_is_read_before_what_follows() -> None:
+    class Ones:
+        def next_batch(self) -> dict[str, torch.Tensor]:
+            return {"targets": torch.ones(3, 5, dtype=torch.int64)}
+
+        def state_dict(self) -> dict[str, int]:
+            return {}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            pass
+
+    batches = StepBatches(Ones(), num_micro_batches=2, device=torch.device("cuda", 0))
+    assert all(batch["targets"].is_pinned() for batch in batches.take(is_last=True))
+    value = torch.full((), 2.5, device="cuda", dtype=torch.float64)
+    number = HostNumber(value)
+    after = torch.cuda.Event()
+    torch.cuda._sleep(2_000_000_000)  # about a second of the device
+    after.record()
+    assert number.read() == 2.5 and not after.query()
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int4"])
