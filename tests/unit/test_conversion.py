@@ -458,3 +458,27 @@ def test_never_two_full_precision_weights_at_once(saved, origin, name):
     held = counting[0].module("model.layers.0.mlp.up_proj", nn.Linear(32, 86, bias=False))
     counting[0].count()
     assert counting[0].most_alive == 1 and held
+
+
+# ---------------------------------------------------------------- W kept dequantized
+
+
+def test_the_first_layers_are_kept_dequantized_as_far_as_there_is_room():
+    """The same ones, whichever way the model is made."""
+    config = llama_config(num_hidden_layers=2)
+    layers = loqt_layers(build_meta(config, LoQTConfig(**NF4)))
+    names, sizes = list(layers), [2 * layer.out_features * layer.in_features for layer in layers.values()]
+    for num in (0, 1, 5, len(names)):
+        for more in (0, -1) if num else (0,):
+            loqt = LoQTConfig(**NF4, dequantized_cache_gib=(sum(sizes[:num]) + more) / 2**30)
+            expected = names[: num + more]
+            converted = LlamaForCausalLM(config).bfloat16()
+            convert(converted, loqt)
+            made = [
+                build_meta(config, loqt, dtype=torch.bfloat16),
+                converted,
+                build_model(config, loqt, initializer(0), dtype=torch.bfloat16)[0],
+            ]
+            for model in made:
+                kept = [name for name, layer in loqt_layers(model).items() if layer.keeps_dequantized]
+                assert kept == expected

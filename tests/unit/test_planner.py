@@ -96,6 +96,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "activation checkpointing": (*LEAST, "train.micro_batch_size=12", "train.activation_checkpointing=true"),
     "ordinary": ("train.dtype=bf16",),
     "float32": ("train.dtype=fp32", "loqt.subspace=gram"),
+    "merged, W kept": ("train.dtype=bf16", "loqt.product=merged", "loqt.dequantized_cache_gib=1"),
     "accumulated": ("train.dtype=bf16", "train.gradient_accumulation_steps=2"),
     "layer-wise, accumulated": (*LEAST, "train.gradient_accumulation_steps=2"),
 }
