@@ -60,9 +60,9 @@ class LoQTConfig:
     false = none)."""
     subspace: Literal["auto", "exact", "gram", "iterated", "sketch"] = "auto"
     """How P is found: exact SVD of the gradient, eigenvectors of its Gram matrix, subspace iteration on the gradient,
-    or a randomized sketch that stands for it; auto takes gram up to a smaller side of 128, above that iterated, or
-    gram where the rank is more than half of that side, and above 512 sketch. With several ranks, a sketch needs all of them to reach
-    the layers in the same order; a model that does not (experts, dropped layers) takes iterated."""
+    or a randomized sketch that stands for it; auto takes gram up to a smaller side of 128, from there to 512
+    iterated (gram where the rank is more than half of it), and sketch above. With several ranks, a sketch needs all of
+    them to reach the layers in the same order; a model that does not (experts, dropped layers) takes iterated."""
     sketch_oversampling: int = 32
     """Gaussian columns p added to the rank in a sketch and in subspace iteration."""
     optimizer_state: Literal["keep", "reset", "project"] = "keep"

@@ -313,13 +313,18 @@ def _cell_table(kind: str) -> tuple[Tensor, Tensor | None]:
     bits = _ordered_bits(thresholds, torch.empty_like(thresholds, dtype=torch.int32))
     inside = bits >> 16
     assert inside.unique().numel() == len(inside), "two thresholds in one cell"
-    cells = torch.arange(_NUM_CELLS)
-    num_below = (cells[:, None] > inside).sum(dim=1)
-    added = (num_below - cells) << 16
+    cells = torch.arange(_NUM_CELLS, dtype=torch.int32)
+    num_below = torch.bucketize(cells, inside, out_int32=True)
+    added = num_below.sub_(cells) << 16
     added[inside] += 0xFFFF - (bits & 0xFFFF)
     byte = torch.arange(256)
     remap = (order[byte >> 4] << 4 | order[byte & 15]).to(torch.uint8)
-    return added.to(torch.int32), None if torch.equal(order, torch.arange(16)) else remap
+    return added, None if torch.equal(order, torch.arange(16)) else remap
+
+
+def lookup_bytes(num_values: int) -> int:
+    """Of the temporaries that quantizing that many values takes on a CPU."""
+    return 3 * 4 * min(num_values, _LOOKUP_CHUNK)
 
 
 def _lookup_codes(flat: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -360,10 +365,11 @@ def _encode_blocks(
     bits = _ordered_bits(scaled, cells)
     torch.bitwise_right_shift(bits, 16, out=cells)
     torch.index_select(table, 0, cells, out=added)
-    numbers = added.add_(bits).bitwise_right_shift_(16).to(torch.uint8)
     # Two numbers, little-endian in an int16, become one byte with the first in the high nibble.
-    pairs = numbers.view(torch.int16)
-    codes.copy_((pairs << 4).bitwise_or_(pairs >> 8))
+    pairs, first = cells.view(torch.int16).split(blocks.numel() // 2)[:2]
+    pairs.view(torch.uint8).copy_(added.add_(bits).bitwise_right_shift_(16))
+    torch.bitwise_left_shift(pairs, 4, out=first)
+    codes.copy_(first.bitwise_or_(pairs.bitwise_right_shift_(8)))
     if remap is not None:
         codes.copy_(remap.index_select(0, codes.int()))
 

@@ -22,6 +22,7 @@ from loqt_ds.memory.formulas import (
     activation_bytes,
     block_workspace_bytes,
     decompose_bytes,
+    encode_bytes,
     gathered_bytes,
     loss_bytes,
     moment_bytes,
@@ -30,7 +31,7 @@ from loqt_ds.memory.formulas import (
     update_bytes,
 )
 from loqt_ds.method import head, lean
-from loqt_ds.method.conversion import build_meta, loqt_layers
+from loqt_ds.method.conversion import build_meta, loqt_layers, output_head
 from loqt_ds.method.description import model_description, training_dtype
 from loqt_ds.method.head import HeadReport
 from loqt_ds.method.linear import LoQTLinear
@@ -284,7 +285,7 @@ def plan(
         "moments": sum(moment_bytes(parameter.numel(), optimizer=config.optim.name) for parameter in trained),
         "buffers": sum(b.numel() * b.dtype.itemsize for b in model.buffers() if id(b) not in packed),
         "context": INTERPRETER_BYTES if config.train.device == "cpu" else CONTEXT_BYTES,
-        "start_workspace": 4 * max(largest, *(parameter.numel() for parameter in facts.others.values()), 0),
+        "start_workspace": _start_bytes(config, facts, largest),
         "gradients": 0 if updates_at_once else _size(trained),
         "new_gradient": max(_size([parameter]) for parameter in trained),
         "buckets": 0,
@@ -299,7 +300,7 @@ def plan(
         "reinit_gathered": max(gathered) if one_at_a_time else sum(gathered),
         "reinit_decompose": max(decompose_bytes(layer, config) for layer in layers),
         "reinit_pending": projections_p if one_process and not updates_at_once else 0,
-        "reinit_rebuild": max(rebuild_bytes(layer) for layer in layers),
+        "reinit_rebuild": max(rebuild_bytes(layer, config) for layer in layers),
         "export_model": export,
         "export_workspace": 2 * 4 * largest if export else 0,
     }
@@ -343,6 +344,17 @@ def _dequantized_bytes(config: Config, facts: Facts) -> int:
 
 def _has_masters(config: Config) -> bool:
     return config.optim.master == "fp32"
+
+
+def _start_bytes(config: Config, facts: Facts, largest: int) -> int:
+    """Of making one parameter in fp32, and of quantizing it where it is a layer's, of at most `largest` values. The
+    output head comes after all layers: it is not there yet when these are quantized."""
+    output = output_head(facts.model)
+    weight = getattr(output, "weight", None)
+    head_bytes = _size([p for p in facts.others.values() if p is weight])
+    made = [4 * parameter.numel() for parameter in facts.others.values()]
+    quantized = 4 * largest + encode_bytes(largest, next(iter(facts.layers)).spec_w, config)
+    return max(4 * largest, quantized - head_bytes, *made)
 
 
 def _export_bytes(config: Config, facts: Facts) -> int:

@@ -35,7 +35,7 @@ from torch import nn
 
 from loqt_ds.config import Config
 from loqt_ds.core.cross_entropy import workspace_bytes
-from loqt_ds.core.quantization import packed_layout
+from loqt_ds.core.quantization import QuantSpec, lookup_bytes, packed_layout
 from loqt_ds.method.controller import NUM_PROBES, sketch_columns, subspace_method
 from loqt_ds.method.conversion import loqt_layers, output_head
 from loqt_ds.method.description import training_dtype
@@ -233,11 +233,16 @@ def decompose_bytes(layer: LoQTLinear, config: Config) -> int:
     return max(4 * (2 * k * length + k * k), copies)
 
 
-def rebuild_bytes(layer: LoQTLinear) -> int:
+def encode_bytes(num_values: int, spec: QuantSpec, config: Config) -> int:
+    """Temporaries of finding the codes of that many values; bitsandbytes' kernels on a GPU need none."""
+    return lookup_bytes(num_values) if config.train.device == "cpu" and spec.kind in ("nf4", "fp4") else 0
+
+
+def rebuild_bytes(layer: LoQTLinear, config: Config) -> int:
     """Temporaries of merging, quantizing and compensating one layer, in float32: the merged weight, one residual of its
-    size, P̂ old and new, B old, its candidate and the best; the new packed W beside the old."""
+    size, P̂ old and new, B old, its candidate and the best; the new packed W beside the old; what finds codes."""
     (k, rank), length = layer.basis_shape, layer.factor_length
-    dense = 4 * (2 * k * length + 2 * k * rank + 3 * length * rank)
+    dense = 4 * (2 * k * length + 2 * k * rank + 3 * length * rank) + encode_bytes(k * length, layer.spec_w, config)
     return dense + sum(packed_layout(layer.weight_shape, layer.spec_w).values())
 
 

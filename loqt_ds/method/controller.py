@@ -57,8 +57,8 @@ from loqt_ds.ranks import ALONE, Ranks, Work
 NUM_PROBES = 8  # Gaussian columns that a sketch's energy is measured on
 # loqt.subspace=auto: up to this smaller side of the whole gradient, above of a sketch.
 AUTO_WHOLE_LIMIT = 512
-# Of the whole gradient by Gram, in float64, where that takes milliseconds; by subspace iteration, in float32, above this
-# smaller side, if the rank is no more than this part of it.
+# Of the whole gradient by Gram, in float64, where that takes milliseconds; by subspace iteration, in float32, above
+# this smaller side, if the rank is no more than this part of it.
 AUTO_GRAM_LIMIT = 128
 AUTO_ITERATED_SHARE = 0.5
 
