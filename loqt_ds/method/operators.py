@@ -78,7 +78,13 @@ def call(layer: Layer, x: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("loqt_ds::linear", mutates_args=())
+# Schemas are written out: how torch reads them from annotations differs between its versions.
+@torch.library.custom_op(
+    "loqt_ds::linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor factor, Tensor? bias, Tensor[] packed, Tensor handle, int out_features, int columns, "
+    "bool right, bool training, bool tapped) -> (Tensor, Tensor)",
+)
 def _linear(
     x: Tensor,
     factor: Tensor,
@@ -114,7 +120,12 @@ def _(
     return x.new_empty(*x.shape[:-1], out_features), x.new_empty((num_tokens, columns) if columns else (0,))
 
 
-@torch.library.custom_op("loqt_ds::linear_backward", mutates_args=())
+@torch.library.custom_op(
+    "loqt_ds::linear_backward",
+    mutates_args=(),
+    schema="(Tensor dy, Tensor? x, Tensor? projected, Tensor factor, Tensor? bias, Tensor[] packed, Tensor handle, "
+    "int in_features, bool[] wanted, bool tapped) -> (Tensor, Tensor, Tensor)",
+)
 def _linear_backward(
     dy: Tensor,
     x: Tensor | None,
