@@ -1,7 +1,7 @@
 """Parameter groups, Adam in 32 and 8 bits, master copies, and access to moments in whatever form they are kept.
 
-- `adamw` is `torch.optim.AdamW`, fused; `adamw8bit` is bitsandbytes' AdamW8bit (two moments in 8 bits, blocks of 256, tensors
-  below 4096 elements in 32 bits).
+- `adamw` is `torch.optim.AdamW`, fused; `adamw8bit` is bitsandbytes' AdamW8bit (two moments in 8 bits, blocks of 256,
+  tensors below 4096 elements in 32 bits).
 - Parameters in bf16 have float32 masters (`optim.master: fp32`), or none (`bf16`): then the update is computed in
   float32 and rounded stochastically, so that updates below half a unit in the last place survive on average.
 - `ParameterOptimizer` is one parameter with its own optimizer object, so that a step can be taken for one parameter as
