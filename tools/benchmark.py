@@ -35,7 +35,7 @@ import benchmark_ranks
 import benchmark_report
 import torch
 from fit import Memory, machine
-from rivals import MissingPackage, Setup, build, parse, text_batch
+from rivals import MissingPackage, Setup, build, options_of, parse, text_batch
 
 from loqt_ds.train import set_environment
 
@@ -449,6 +449,7 @@ def chosen_cells(options: argparse.Namespace) -> list[Cell]:
         cell.setup().description()
         for name in cell.contenders:
             parse(name)
+            cell.setup().config(*options_of(name))
     return cells
 
 
@@ -456,7 +457,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--suite", choices=sorted(SUITES), help="which cells")
     made.add_argument("--shape", nargs="+", help="instead of a suite: names in configs/models, or files")
-    made.add_argument("--contenders", nargs="+", metavar="METHOD[:RANK]", help="with --shape")
+    made.add_argument("--contenders", nargs="+", metavar="METHOD[:RANK][+OPTION=VALUE...]", help="with --shape")
     made.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="with --shape")
     made.add_argument("--rows", type=int, default=8, help="with --shape: rows of a micro-batch")
     made.add_argument("--length", type=int, default=256, help="with --shape: tokens of a row")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from rivals import Setup, parse
+from rivals import Setup, options_of, parse
 
 from loqt_ds.memory import describe
 from loqt_ds.operations import step_work, total
@@ -20,7 +20,7 @@ def operations(setup: Setup, name: str) -> int:
     adapters A (r, n) and B (m, r), 6 r (m + n) a token.
     """
     method, rank = parse(name)
-    config = setup.config(f"loqt.rank={rank or 1}")
+    config = setup.config(f"loqt.rank={rank or 1}", *options_of(name))
     facts = describe(config)
     ours = method.startswith("loqt")
     count = total(step_work(config, facts=facts, full_rank=not ours).values()).operations

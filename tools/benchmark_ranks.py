@@ -34,6 +34,7 @@ from rivals import OnDemand, text_batch
 WORLDS = (1, 2, 4)
 LENGTH = 256
 ROUNDS = 6
+REINITS = 3
 MB = 1e6
 METHODS = {"loqt": "LoQT", "dense": "full rank"}
 
@@ -92,9 +93,8 @@ def measure(ranks: Any, cell: RankCell) -> dict[str, Any]:
         engines[method] = measure_ranks.build(case, measure_ranks.make_config(case, options), ranks)
         head.install(engines[method].module)
     engines["loqt"].controller.schedule = demand
-    number = 0
 
-    def step(method: str) -> dict[str, Any]:
+    def step(method: str, number: int) -> dict[str, Any]:
         batch = text_batch(cell.own_rows, LENGTH, number * ranks.world_size + ranks.rank)
         frozen = measure_ranks.packed_storages(engines[method]) if method == "loqt" else {}
         counter = measure_ranks.WireCounter(frozen)
@@ -108,14 +108,13 @@ def measure(ranks: Any, cell: RankCell) -> dict[str, Any]:
 
     rounds: list[dict[str, Any]] = []
     for number in range(2 + ROUNDS):  # two that do not count; the first initializes all layers
-        taken = {method: step(method) for method in METHODS}
+        taken = {method: step(method, number) for method in METHODS}
         demand.asked[0] = False
         if number >= 2:
             rounds.append(taken)
     demand.asked[0] = True
-    number += 1
-    reinit = step("loqt")
-    return {"cell": asdict(cell), "rounds": rounds, "reinit": reinit, "load": os.getloadavg()}
+    reinits = [step("loqt", 2 + ROUNDS + number) for number in range(REINITS)]
+    return {"cell": asdict(cell), "rounds": rounds, "reinits": reinits, "load": os.getloadavg()}
 
 
 def member(rank: int, world_size: int, port: int, wanted: Sequence[RankCell], work: str) -> None:
@@ -208,7 +207,7 @@ def row(result: dict[str, Any]) -> list[str]:
     low, middle, high = spread([total(taken["loqt"]) / total(taken["dense"]) for taken in result["rounds"]])
     last = result["rounds"][-1]
     sends = {method: measure_ranks.sent_in(last[method], cell.world_size) / MB for method in METHODS}
-    added = total(result["reinit"]) - median(total(taken["loqt"]) for taken in result["rounds"])
+    added = median(map(total, result["reinits"])) - median(total(taken["loqt"]) for taken in result["rounds"])
     tokens = cell.own_rows * cell.world_size * LENGTH
     return [
         f"{cell.shape}, {cell.way}",
@@ -220,7 +219,7 @@ def row(result: dict[str, Any]) -> list[str]:
         " / ".join(f"{payload(last[method]):.1f}" for method in METHODS),
         " / ".join(f"{sends[method]:.1f}" for method in METHODS),
         f"{added:.2f}",
-        f"{payload(result['reinit']) - payload(last['loqt']):.1f}",
+        f"{payload(result['reinits'][-1]) - payload(last['loqt']):.1f}",
     ]
 
 

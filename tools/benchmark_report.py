@@ -9,6 +9,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from benchmark_operations import promised
+from rivals import options_of, parse
 
 BASE = "adamw"
 EIGHT_BIT = {"adamw8bit", "loqt8bit", "loqtcard"}
@@ -74,8 +75,7 @@ def line(record: Record, name: str) -> dict[str, Any]:
     if not times:
         return found
     steps = [step for rounds in record["rounds"] for step in rounds.get(name, [])]
-    method = name.partition(":")[0]
-    own_base = "adamw8bit" if method in EIGHT_BIT else BASE
+    own_base = "adamw8bit" if parse(name)[0] in EIGHT_BIT else BASE
     found |= {
         "num_rounds": len(times),
         "seconds": spread(times),
@@ -288,16 +288,17 @@ def growth(records: Sequence[Record]) -> dict[str, list[Point]]:
     for record in records:
         cell = record["cell"]
         for entry in measured_lines(record):
-            method, _, rank = entry["name"].partition(":")
+            method, rank = parse(entry["name"])
+            method = "+".join([method, *options_of(entry["name"])])
             milliseconds = 1000 * entry["seconds"][1]
             if cell["num_layers"] is not None:
                 found["layers"].append((entry["name"], cell["num_layers"], milliseconds))
                 continue
             found["tokens of a micro-batch"].append((entry["name"], cell["rows"] * cell["length"], milliseconds))
             if rank and entry["ratio"] is not None and len(record["contenders"]) > 2:
-                found["rank"].append((f"{method}, measured", int(rank), entry["ratio"][1]))
+                found["rank"].append((f"{method}, measured", rank, entry["ratio"][1]))
                 if entry["promised"] is not None:
-                    found["rank"].append((f"{method}, by the counts", int(rank), entry["promised"]))
+                    found["rank"].append((f"{method}, by the counts", rank, entry["promised"]))
     return found
 
 

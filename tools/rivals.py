@@ -15,6 +15,8 @@ A contender is named by its method and, where it has one, its rank:
     loqt8bit:R   this project, 8-bit AdamW
     loqtcard:R   loqt8bit as a small card asks for it: layer-wise updates, bf16 without masters
 
+This project's may be followed by options of a run: `loqt:128+loqt.product=factored+train.lean_activations=true`.
+
 All have transformers' model of the same shape, the same attention and the same loss (`loqt_ds.method.head`), and train
 the same matrices in full rank: embeddings, norms and head, QLoRA's too. What differs is how the linears in between are
 trained. In bf16 the rivals update bf16 weights, as their packages do; LoQT keeps float32 masters of what it trains,
@@ -477,11 +479,11 @@ class LoQT:
 
 
 def loqt(name: str, setup: Setup, rank: int | None) -> LoQT:
-    method = name.partition(":")[0]
+    method = parse(name)[0]
     options = [f"loqt.rank={rank}", f"optim.name={'adamw' if method == 'loqt' else 'adamw8bit'}"]
     if method == "loqtcard":
         options += ["optim.layerwise=true", *(["optim.master=bf16"] if setup.dtype == "bf16" else [])]
-    return LoQT(name, setup, *options)
+    return LoQT(name, setup, *options, *options_of(name))
 
 
 # ---------------------------------------------------------------- all
@@ -502,7 +504,7 @@ FULL_RANK = ("adamw", "adamw8bit")
 
 def parse(name: str) -> tuple[str, int | None]:
     """(method, rank) of a contender's name. Raises ValueError, telling the methods, for a name that says nothing."""
-    method, _, rank = name.partition(":")
+    method, _, rank = name.partition("+")[0].partition(":")
     if method not in METHODS:
         raise ValueError(f"contender {name!r}: there is no method {method!r}; there are {', '.join(METHODS)}")
     if (method in FULL_RANK) != (rank == ""):
@@ -510,7 +512,14 @@ def parse(name: str) -> tuple[str, int | None]:
         raise ValueError(f"contender {name!r}: {method} {wanted}")
     if rank and not (rank.isdecimal() and int(rank) > 0):
         raise ValueError(f"contender {name!r}: the rank is {rank!r}; give a positive number")
+    if options_of(name) and not method.startswith("loqt"):
+        raise ValueError(f"contender {name!r}: {method} takes no options of a run; leave out what follows the +")
     return method, int(rank) if rank else None
+
+
+def options_of(name: str) -> list[str]:
+    """The options of a run that follow a contender's name."""
+    return name.split("+")[1:]
 
 
 def build(name: str, setup: Setup) -> Contender:

@@ -110,6 +110,9 @@ def test_how_cost_grows_is_sorted_by_what_differs(report: Any) -> None:
     deep["cell"]["num_layers"] = 3
     found = report.growth([make_record(rounds), deep])
     assert ("loqt, measured", 8, 1.5) in found["rank"] and ("loqt, measured", 4, 0.5) in found["rank"]
+    rounds[0]["loqt:8+loqt.product=merged"] = [step(8.0)]
+    named = report.growth([make_record(rounds)])["rank"]
+    assert ("loqt+loqt.product=merged, measured", 8, 4.0) in named
     assert ("loqt:4", 16, 1000.0) in found["tokens of a micro-batch"]
     assert found["layers"] == [("adamw", 3, 2000.0), ("loqt:4", 3, 5000.0)]
 
@@ -256,6 +259,8 @@ def test_a_file_of_another_cell_is_refused(benchmark: Any, tmp_path: Path) -> No
         (["--shape", "llama_9m", "--contenders", "adamw:4", "--work", "x"], "takes no rank"),
         (["--shape", "llama_9m", "--contenders", "loqt:-4", "--work", "x"], "'-4'"),
         (["--shape", "no_such_shape", "--work", "x"], "no_such_shape"),
+        (["--shape", "llama_9m", "--contenders", "adamw+loqt.rank=4", "--work", "x"], "no options"),
+        (["--shape", "llama_9m", "--contenders", "loqt:4+loqt.produce=merged", "--work", "x"], "loqt.produce"),
         pytest.param(["--suite", "cuda"], "CUDA", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA")),
     ],
 )
@@ -289,6 +294,8 @@ def test_counted_operations_of_the_rivals(tools: dict[str, ModuleType]) -> None:
     adapters = sum(6 * rank * (m + n) - 2 * m * n for m, n in matrices)
     assert operations(setup, f"qlora:{rank}") - full == num_tokens * adapters
     assert operations(setup, "adamw8bit") == full
+    merged, factored = (operations(setup, f"loqt:{rank}+loqt.product={kind}") for kind in ("merged", "factored"))
+    assert merged != factored and operations(setup, f"loqt8bit:{rank}") == min(merged, factored)
     assert full == pytest.approx(num_tokens * 6 * (sum(m * n for m, n in matrices) + 128 * 32000), rel=0.01)
 
 
@@ -302,8 +309,8 @@ def test_several_processes_are_as_fast_as_the_slowest_and_send_what_was_counted(
     rounds = [
         {"loqt": step(s) | {"traffic": traffic}, "dense": step(2 * s) | {"traffic": traffic}} for s in (1.0, 9.0, 2.0)
     ]
-    reinit = step(5.0) | {"traffic": traffic | {"w": {"broadcast": [1, 1_000_000]}}}
-    result = {"cell": vars(weak), "rounds": rounds, "reinit": reinit}
+    grown = {"traffic": traffic | {"w": {"broadcast": [1, 1_000_000]}}}
+    result = {"cell": vars(weak), "rounds": rounds, "reinits": [step(s) | grown for s in (5.0, 4.0, 50.0)]}
     found = dict(zip(ranks.HEAD, ranks.row(result), strict=True))
     assert found["LoQT, ms a step"] == "2,000" and found["full rank, ms a step"] == "4,000"
     assert found["LoQT / full rank [quartiles]"] == "0.500 [0.500, 0.500]"

@@ -170,6 +170,12 @@ def test_an_interval_is_kept_without_being_asked(rivals: Any, shape: str) -> Non
     assert changes == [True, False, True, False, True]
 
 
+def test_options_of_a_run_follow_the_name(rivals: Any, shape: str) -> None:
+    contender = build(rivals, "loqt:8+loqt.product=factored+loqt.alpha=0.25", shape)
+    layers = contender.engine.controller.layers.values()
+    assert {(layer.product, layer.scale, layer.rank) for layer in layers} == {("factored", 0.25, 8)}
+
+
 def test_a_shape_can_have_other_layers(rivals: Any, shape: str) -> None:
     setup = rivals.Setup(shape, length=17, num_layers=5)
     description = setup.description()
