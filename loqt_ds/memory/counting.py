@@ -30,7 +30,7 @@ from loqt_ds.memory.formulas import (
     rebuild_bytes,
     update_bytes,
 )
-from loqt_ds.method import head, lean
+from loqt_ds.method import compiled, head, lean
 from loqt_ds.method.conversion import build_meta, loqt_layers, output_head
 from loqt_ds.method.description import model_description, training_dtype
 from loqt_ds.method.head import HeadReport
@@ -269,6 +269,10 @@ def plan(
     changed = facts.lean if config.train.lean_activations else frozenset()
     activations, tapped, block = activation_bytes(config, model, description, dtype, lean=changed)
     gathered = [gathered_bytes(layer, config) for layer in layers]
+    # The gradients of a compiled block come all at once.
+    blocks = list(compiled.blocks(model).values()) if config.train.compile else []
+    gathered_at_once = [sum(gathered_bytes(layer, config) for layer in loqt_layers(b).values()) for b in blocks]
+    new_at_once = [[p for p in b.parameters() if p.requires_grad] for b in blocks]
     one_process = zero is None or zero.world_size == 1
     # One process finds the P of a layer inside the layer's own backward.
     one_at_a_time = steps == 1 and one_process
@@ -287,7 +291,7 @@ def plan(
         "context": INTERPRETER_BYTES if config.train.device == "cpu" else CONTEXT_BYTES,
         "start_workspace": _start_bytes(config, facts, largest),
         "gradients": 0 if updates_at_once else _size(trained),
-        "new_gradient": max(_size([parameter]) for parameter in trained),
+        "new_gradient": max(_size(part) for part in [*new_at_once, *([parameter] for parameter in trained)]),
         "buckets": 0,
         "activations": activations,
         "tapped_inputs": tapped,
@@ -297,7 +301,7 @@ def plan(
         "recomputed_block": block,
         "block_workspace": block_workspace_bytes(config, description, dtype),
         "update_workspace": update_bytes(trained, config),
-        "reinit_gathered": max(gathered) if one_at_a_time else sum(gathered),
+        "reinit_gathered": max(gathered + gathered_at_once) if one_at_a_time else sum(gathered),
         "reinit_decompose": max(decompose_bytes(layer, config) for layer in layers),
         "reinit_pending": projections_p if one_process and not updates_at_once else 0,
         "reinit_rebuild": max(rebuild_bytes(layer, config) for layer in layers),

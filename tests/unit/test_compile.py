@@ -4,6 +4,7 @@ it is compiled without C++ (backend aot_eager), which goes through the same trac
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -16,9 +17,11 @@ from test_linear import DenseGradients, Sum, make_layer, random_cotangent, rando
 from torch import nn
 from torch._dynamo.utils import counters
 
-from loqt_ds.config import Config, ConfigError, ModelConfig, TrainConfig
+from loqt_ds.config import Config, ConfigError, LoQTConfig, ModelConfig, TrainConfig
+from loqt_ds.config.parsing import find_config_file
 from loqt_ds.config.validation import validate
 from loqt_ds.engines.single import SingleEngine
+from loqt_ds.memory.counting import plan
 from loqt_ds.method import compiled, head, lean
 from loqt_ds.method.conversion import build_model, initializer, loqt_layers
 
@@ -284,3 +287,27 @@ def test_no_compiler(monkeypatch):
         compiled.check_compiler(torch.device("cpu"))
     for part in ("train.compile=true", "InvalidCxxCompiler", "CXX", "train.compile=false"):
         assert part in str(caught.value)
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def test_the_plan_counts_the_gradients_of_a_block_at_once():
+    planned = {
+        compile: plan(
+            Config(
+                model=ModelConfig(shape="llama_mini", vocab_size=64),
+                loqt=LoQTConfig(rank=8, subspace="exact"),
+                train=TrainConfig(compile=compile, dtype="fp32", device="cpu"),
+            )
+        ).entries
+        for compile in (False, True)
+    }
+    with open(find_config_file("models", "llama_mini")) as file:
+        shape = json.load(file)
+    h, i = shape["hidden_size"], shape["intermediate_size"]
+    assert shape["num_key_value_heads"] == shape["num_attention_heads"]
+    assert planned[False]["reinit_gathered"] == 4 * h * i
+    assert planned[True]["reinit_gathered"] == 4 * (4 * h * h + 3 * h * i)
+    assert planned[False]["new_gradient"] == max(4 * 64 * h, 4 * 8 * i)
+    assert planned[True]["new_gradient"] == 4 * (8 * (4 * h + 3 * i) + 2 * h)
