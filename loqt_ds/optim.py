@@ -1,7 +1,7 @@
 """Parameter groups, Adam in 32 and 8 bits, master copies, and access to moments in whatever form they are kept.
 
-- `adamw` is `torch.optim.AdamW`, fused but for partitions on a CPU; `adamw8bit` is bitsandbytes' AdamW8bit (two moments
-  in 8 bits, blocks of 256, tensors below 4096 elements in 32 bits).
+- `adamw` is `torch.optim.AdamW`, fused; `adamw8bit` is bitsandbytes' AdamW8bit (two moments in 8 bits, blocks of 256,
+  tensors below 4096 elements in 32 bits).
 - Parameters in bf16 have float32 masters (`optim.master: fp32`), or none (`bf16`): then the update is computed in
   float32 and rounded stochastically, so that updates below half a unit in the last place survive on average.
 - `ParameterOptimizer` is one parameter with its own optimizer object, so that a step can be taken for one parameter as
@@ -63,15 +63,11 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[ParameterGrou
     ]
 
 
-def build_optimizer(groups: list[dict[str, Any]], optim: OptimConfig, *, fused: bool = True) -> torch.optim.Optimizer:
-    """AdamW or AdamW8bit over torch-style parameter groups.
-
-    fused: AdamW in one pass over each tensor, without temporaries. On a CPU it rounds the last few elements of a tensor
-    differently from the others: not for tensors that are cut differently on another number of ranks.
-    """
+def build_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW or AdamW8bit over torch-style parameter groups."""
     options: dict[str, Any] = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps}
     if optim.name == "adamw":
-        return torch.optim.AdamW(groups, fused=fused, **options)
+        return torch.optim.AdamW(groups, fused=True, **options)  # one pass over each tensor, no temporaries
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW8bit(groups, **options)
@@ -223,17 +219,10 @@ class ParameterOptimizer:
         optim: kind of optimizer and of master.
         weight_decay: decoupled, as in AdamW.
         generator: for stochastic rounding, on the parameter's device.
-        fused: see `build_optimizer`.
     """
 
     def __init__(
-        self,
-        parameter: nn.Parameter,
-        optim: OptimConfig,
-        *,
-        weight_decay: float,
-        generator: torch.Generator,
-        fused: bool = True,
+        self, parameter: nn.Parameter, optim: OptimConfig, *, weight_decay: float, generator: torch.Generator
     ) -> None:
         if not parameter.is_contiguous():  # pieces are those of the flat order
             parameter.data = parameter.data.contiguous()
@@ -248,8 +237,7 @@ class ParameterOptimizer:
             self.master = nn.Parameter(parameter.detach().float())
         # What the optimizer is shown: one piece after another.
         self._piece = nn.Parameter(torch.empty(0, device=parameter.device))
-        groups = [{"params": [self._piece], "weight_decay": weight_decay}]
-        self._optimizer = build_optimizer(groups, optim, fused=fused)
+        self._optimizer = build_optimizer([{"params": [self._piece], "weight_decay": weight_decay}], optim)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -383,11 +371,7 @@ class RoundingAdam(torch.optim.Optimizer):
                 eps=group.get("eps", self._optim.eps),
             )
             self._items[tensor] = ParameterOptimizer(
-                tensor,
-                optim,
-                weight_decay=group["weight_decay"],
-                generator=self.generator(tensor.device),
-                fused=tensor.device.type != "cpu",
+                tensor, optim, weight_decay=group["weight_decay"], generator=self.generator(tensor.device)
             )
         return self._items[tensor]
 

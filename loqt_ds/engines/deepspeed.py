@@ -167,7 +167,7 @@ class LoQTEngine(DeepSpeedEngine):
         optim, train = self._loqt_config.optim, self._loqt_config.train
         if optim.master == "bf16":
             return RoundingAdam(groups, optim, seed=train.seed + self.ranks.rank)
-        return build_optimizer(groups, optim, fused=next(self.module.parameters()).device.type != "cpu")
+        return build_optimizer(groups, optim)
 
     # ---------------------------------------------------------------- where ZeRO keeps the trained state
 
