@@ -24,6 +24,7 @@ from loqt_ds.method.conversion import loqt_layers
 
 MOMENT_KEYS = (("exp_avg", "exp_avg_sq"), ("state1", "state2"))
 BLOCKSIZE_8BIT = 256
+LANES = 16  # float32 numbers in the widest vector of a CPU
 UPDATE_PIECE = 2**22  # elements updated at once: a multiple of BLOCKSIZE_8BIT, so that pieces have whole blocks
 ROUNDED_AT_ONCE = 2**20  # elements: rounding takes several times the memory of what is rounded, less than Adam then
 _NORM_ROW = 4096  # elements whose squares are summed in one float32
@@ -67,10 +68,56 @@ def build_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.o
     """AdamW or AdamW8bit over torch-style parameter groups."""
     options: dict[str, Any] = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps}
     if optim.name == "adamw":
-        return torch.optim.AdamW(groups, fused=True, **options)  # one pass over each tensor, no temporaries
+        return EvenAdamW(groups, **options)
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW8bit(groups, **options)
+
+
+class EvenAdamW(torch.optim.AdamW):
+    """`torch.optim.AdamW`, fused: one pass over each tensor, no temporaries.
+
+    On a CPU the fused kernel computes the last elements of a tensor, those that do not fill a vector, by other
+    instructions than the rest, which round differently. Here they too go through a full vector, so that an element's
+    bits depend on its numbers alone: not on where a tensor ends, which for ZeRO's partitions is another place on
+    another number of ranks.
+    """
+
+    def __init__(self, groups: Any, **options: Any) -> None:
+        super().__init__(groups, fused=True, **options)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure is None
+        ends = [
+            (tensor, *self._step_end(tensor, group))
+            for group in self.param_groups
+            for tensor in group["params"]
+            if tensor.grad is not None and tensor.device.type == "cpu" and tensor.numel() % LANES
+        ]
+        super().step()
+        for tensor, value, state in ends:
+            num = tensor.numel() % LANES
+            tensor.data.view(-1)[-num:] = value[:num]
+            for key in MOMENT_KEYS[0]:
+                self.state[tensor][key].view(-1)[-num:] = state[key][:num]
+
+    def _step_end(self, tensor: Tensor, group: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The last elements after the step, and their state, in vectors of LANES."""
+        num = tensor.numel() % LANES
+
+        def end(of: Tensor) -> Tensor:
+            return nn.functional.pad(of.detach().view(-1)[-num:], (0, LANES - num))
+
+        assert tensor.grad is not None
+        alone = nn.Parameter(end(tensor))
+        alone.grad = end(tensor.grad)
+        optimizer = torch.optim.AdamW([{**group, "params": [alone]}])
+        if state := self.state.get(tensor):
+            moments = {key: end(state[key]) for key in MOMENT_KEYS[0]}
+            optimizer.state[alone] = {"step": state["step"].clone(), **moments}
+        optimizer.step()
+        return alone.detach(), optimizer.state[alone]
 
 
 class LearningRates:

@@ -19,6 +19,7 @@ from loqt_ds.config import OptimConfig
 from loqt_ds.core.schedules import ReinitSchedule
 from loqt_ds.method.conversion import build_model, initializer
 from loqt_ds.optim import (
+    EvenAdamW,
     LearningRates,
     ParameterOptimizer,
     RoundingAdam,
@@ -154,30 +155,63 @@ def test_without_masters_nothing_of_float32_stays():
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
 @pytest.mark.parametrize("shape", [(7, 1031), (5, 123)], ids=str)  # 8-bit moments from 4096 elements on
 def test_updates_in_pieces_are_those_of_the_whole(shape, name, master, piece, monkeypatch):
-    """Against torch's and bitsandbytes' own step of the whole tensor in float32; gradients scaled, rates changing."""
+    """Against torch's and bitsandbytes' own step of the whole tensor in float32; gradients scaled, rates changing.
+
+    torch's is of a tensor that fills its vectors: fused, it rounds the elements of one that is not full differently."""
     monkeypatch.setattr(optim_module, "UPDATE_PIECE", piece)
     dtype = torch.float32 if master == "own" else torch.bfloat16
     ours = nn.Parameter(random(*shape).to(dtype))
     optimizer = optimizer_of(ours, name=name, weight_decay=0.1, master="bf16" if master == "bf16" else "fp32")
-    theirs, rng = nn.Parameter(ours.detach().float()), generator()
-    kind = torch.optim.AdamW if name == "adamw" else bitsandbytes.optim.AdamW8bit
-    reference = kind([theirs], weight_decay=0.1, **({"fused": True} if name == "adamw" else {}))
+    num, rng = ours.numel(), generator()
+    rest = -num % 64 if name == "adamw" else 0
+
+    def whole(tensor):
+        return nn.functional.pad(tensor.detach().float().flatten(), (0, rest))
+
+    theirs = nn.Parameter(whole(ours))
+    if name == "adamw":
+        reference = torch.optim.AdamW([theirs], weight_decay=0.1, fused=True)
+    else:
+        reference = bitsandbytes.optim.AdamW8bit([theirs], weight_decay=0.1)
     for step in range(4):
         lr, scale = 0.01 * (step + 1), (0.3, 1.0)[step % 2]
         ours.grad = random(*shape, seed=step + 1).to(dtype)
-        theirs.grad = ours.grad.float() * scale
+        theirs.grad = whole(ours.grad) * scale
         optimizer.step(lr, gradient_scale=scale)
         reference.param_groups[0]["lr"] = lr
         reference.step()
-        expected = theirs.detach()
+        expected = theirs.detach()[:num].view(shape)
         if master == "bf16":
             expected = stochastic_round(expected, rng)
-            theirs.data = expected.float()
+            theirs.data = whole(expected)
         assert torch.equal(optimizer.values, expected) and torch.equal(ours, expected.to(dtype))
         state = optimizer.optimizer.state[optimizer.master]
         assert list(optimizer.optimizer.state) == [optimizer.master] and set(state) == set(reference.state[theirs])
         for key, value in reference.state[theirs].items():
-            assert torch.equal(torch.as_tensor(state[key]), torch.as_tensor(value)), key
+            value, mine = torch.as_tensor(value), torch.as_tensor(state[key]).flatten()
+            assert torch.equal(mine, value.flatten()[: mine.numel()]), key
+
+
+@pytest.mark.parametrize("sizes", [(5, 4, 10), (16, 33), (1, 1, 1, 46), (64, 15)])
+def test_an_element_is_updated_alike_wherever_a_tensor_ends(sizes):
+    """As ZeRO's partitions end elsewhere on another number of ranks. Against one that fills its vectors."""
+    num = sum(sizes)
+    whole = nn.Parameter(nn.functional.pad(random(num), (0, -num % 64)))
+    parts = [nn.Parameter(part.clone()) for part in whole.detach()[:num].split(sizes)]
+    options = {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-6}
+    reference, ours = torch.optim.AdamW([whole], fused=True, **options), EvenAdamW(parts, **options)
+    for step in range(3):
+        gradient = random(num, seed=step + 1)
+        whole.grad = nn.functional.pad(gradient, (0, -num % 64))
+        for part, of_part in zip(parts, gradient.split(sizes), strict=True):
+            part.grad = of_part.clone()
+        reference.step()
+        ours.step()
+        assert torch.equal(torch.cat([part.detach() for part in parts]), whole.detach()[:num])
+        for key in ("exp_avg", "exp_avg_sq"):
+            found = torch.cat([ours.state[part][key] for part in parts])
+            assert torch.equal(found, reference.state[whole][key][:num])
+        assert all(ours.state[part]["step"] == step + 1 for part in parts)
 
 
 class Allocations(TorchDispatchMode):
