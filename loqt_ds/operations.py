@@ -263,7 +263,7 @@ def reinit_work(
 ) -> dict[str, Work]:
     """What a step that re-initializes all layers does more than an ordinary one, by REINIT_PARTS.
 
-    first: the initialization at step 0, which finds no P to merge and none to start a sketch from.
+    first: the initialization at step 0, which finds no P to merge.
     """
     facts = describe(config, vocab_size=vocab_size) if facts is None else facts
     tokens = config.train.micro_batch_size * config.data.sequence_length

@@ -210,8 +210,9 @@ def restore_state(optimizer: Any, tensor: Tensor, saved: dict[str, Tensor]) -> N
     is_torch = moment_keys(saved) == MOMENT_KEYS[0]
     for key, value in saved.items():
         if key == "step":
-            # Where the tensor is: so that a fused update need not wait for the host.
-            state[key] = value.to(tensor.device, torch.float32, copy=True) if is_torch else int(value)
+            # Where the tensor is, for a fused update, which then need not wait for the host.
+            device = tensor.device if optimizer.param_groups[0].get("fused") else value.device
+            state[key] = value.to(device, torch.float32, copy=True) if is_torch else int(value)
         else:
             # A copy: a checkpoint's tensors are mapped, and would hold the disk space of its file after its deletion.
             state[key] = value.to(tensor.device, copy=True)

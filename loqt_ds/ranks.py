@@ -60,6 +60,8 @@ class Ranks:
         if self.world_size > 1:
             # As bytes: not every backend knows every dtype.
             dist.broadcast(tensor.view(-1).view(torch.uint8), group_src=source, group=self._group)
+            # Backends write past autograd: without this nobody who kept something made of it would notice.
+            torch.autograd.graph.increment_version(tensor)
 
     def reduce(self, tensor: Tensor, target: int) -> Work | None:
         """Starts to sum `tensor` over the ranks into that of rank `target`; on the others it holds nothing of use

@@ -21,7 +21,7 @@ Say = Callable[[str], None]
 
 LOCK_FILE, DS_CONFIG_FILE = ".lock", "ds_config.json"
 
-# Options that may differ when a run goes on: they do not change what a step computes.
+# Options that may differ when a run goes on: they do not change what a step computes, but for rounding.
 _FREE_ON_RESUME = (
     "checkpoint.",
     "logging.",

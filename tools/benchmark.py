@@ -149,7 +149,7 @@ def serve(connection: Any, cell: Cell, name: str) -> None:
     Every answer is ("done", dict) or ("failed", status, error).
     """
     try:
-        device = torch.device(cell.device)
+        device = torch.device(cell.device, 0) if cell.device == "cuda" else torch.device(cell.device)
         memory = Memory(device)
         if cell.cap_gib is not None and device.type == "cuda":
             memory.cap(cell.cap_gib)

@@ -1,4 +1,4 @@
-"""The cross-entropy of a linear output head, without the logits of all tokens at once.
+"""The cross-entropy of a linear output head, in blocks of logits.
 
     loss = sum over predicted tokens t of  log sum_v exp(z_tv) - z_t,y(t),      z = H Wᵀ + b
 

@@ -306,20 +306,25 @@ def _cell_table(kind: str) -> tuple[Tensor, Tensor | None]:
     """What is added to t, by its cell, to have the number of thresholds below it in the upper 16 bits: (_NUM_CELLS,)
     int32. And the packed codes that two such numbers stand for, by the byte they make: (256,) uint8; None where the
     table is sorted, so that the numbers are the codes."""
-    table = bnb.get_4bit_type(kind, device="cpu")
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)  # in which bitsandbytes makes its table, and not in that of who comes first
+    try:
+        table = bnb.get_4bit_type(kind, device="cpu")
+    finally:
+        torch.set_default_dtype(default)
     order = torch.argsort(table)  # the same call as bitsandbytes': FP4 has two zeros
     entries = table[order]
     thresholds = (entries[:-1] + entries[1:]) / 2 + 0.0  # + 0.0: a threshold of −0.0 is one of 0.0
     bits = _ordered_bits(thresholds, torch.empty_like(thresholds, dtype=torch.int32))
     inside = bits >> 16
     assert inside.unique().numel() == len(inside), "two thresholds in one cell"
-    cells = torch.arange(_NUM_CELLS, dtype=torch.int32)
+    cells = torch.arange(_NUM_CELLS, dtype=torch.int32, device="cpu")
     num_below = torch.bucketize(cells, inside, out_int32=True)
     added = num_below.sub_(cells) << 16
     added[inside] += 0xFFFF - (bits & 0xFFFF)
-    byte = torch.arange(256)
+    byte = torch.arange(256, device="cpu")
     remap = (order[byte >> 4] << 4 | order[byte & 15]).to(torch.uint8)
-    return added, None if torch.equal(order, torch.arange(16)) else remap
+    return added, None if torch.equal(order, torch.arange(16, device="cpu")) else remap
 
 
 def lookup_bytes(num_values: int) -> int:
@@ -331,10 +336,12 @@ def _lookup_codes(flat: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Codes and absmax of a vector (n,) on a CPU, those of bitsandbytes bit for bit."""
     num_values = flat.numel()
     num_whole = num_values - num_values % BLOCKSIZE
-    codes = torch.empty(-(-num_values // 2), dtype=torch.uint8)
-    absmax = torch.empty(-(-num_values // BLOCKSIZE), dtype=torch.float32)
+    codes = flat.new_empty(-(-num_values // 2), dtype=torch.uint8)
+    absmax = flat.new_empty(-(-num_values // BLOCKSIZE), dtype=torch.float32)
     size = min(num_whole, _LOOKUP_CHUNK)
-    temporaries = torch.empty(size), torch.empty(size, dtype=torch.int32), torch.empty(size, dtype=torch.int32)
+    kinds = (torch.float32, torch.int32, torch.int32)
+    scaled, cells, added = (flat.new_empty(size, dtype=dtype) for dtype in kinds)
+    temporaries = scaled, cells, added
     for start in range(0, num_whole, _LOOKUP_CHUNK):
         values = flat[start : min(start + size, num_whole)].float()
         end = start + values.numel()

@@ -44,7 +44,7 @@ from loqt_ds.engines.state import (
 )
 from loqt_ds.export import ExportReport, export_model
 from loqt_ds.method.controller import Controller
-from loqt_ds.method.conversion import loqt_layers
+from loqt_ds.method.conversion import keep_dequantized, loqt_layers
 from loqt_ds.optim import LearningRates, RoundingAdam, build_optimizer, parameter_groups
 from loqt_ds.ranks import Ranks
 from loqt_ds.shards import LAYOUT, Fragment, Shard, ShardedState
@@ -151,6 +151,7 @@ class LoQTEngine(DeepSpeedEngine):
         for name, value in float_buffers.items():
             parent, _, child = name.rpartition(".")
             self.module.get_submodule(parent)._buffers[child] = value.to(self.device)
+        keep_dequantized(self.module, config.loqt)  # of the dtype that the parameters have now
         shards, replicated = self._find_shards()
         self._state = ShardedState(shards, self._trained, ranks=ranks, replicated=replicated)
         # Stage 0 in bf16 allocates states by a step without gradients, which counts, and decays the masters.
@@ -236,6 +237,13 @@ class LoQTEngine(DeepSpeedEngine):
             self.controller.begin_step(self.global_steps)
             self._in_step = True
         return super().forward(*inputs, **kwargs)
+
+    def backward(self, *args: Any, **kwargs: Any) -> Any:
+        """As `DeepSpeedEngine.backward`. After that of the last micro-batch every rank has handed over what it has."""
+        result = super().backward(*args, **kwargs)
+        if self._in_step and self.is_gradient_accumulation_boundary() and not self.inside_no_sync_ctxt:
+            self.controller.backward_complete()
+        return result
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> StepReport | None:
         """As `DeepSpeedEngine.step`; where it updates, it re-initializes what is due, and returns a report.

@@ -291,6 +291,11 @@ def plugin_config(config: str | Path | dict[str, Any]) -> tuple[Config, dict[str
         "dtype": "bf16" if given.get("bf16", {}).get("enabled") else "fp32",
     }
     ours = from_dict({"loqt": section, "optim": optim, "train": train}, source=where)
+    if ours.loqt.dequantized_cache_gib and given.get("torch_autocast", {}).get("enabled"):
+        raise ConfigError(
+            f"{where}: loqt.dequantized_cache_gib={ours.loqt.dequantized_cache_gib} with torch_autocast: what is kept "
+            "is in the dtype of the parameters, which is not that of the products; remove it, or use bf16"
+        )
     _check_optim(ours, given.get("zero_optimization", {}).get("stage", 0))
     validate_training(ours)
     without = {name: value for name, value in given.items() if name != "optimizer"}

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from loqt_ds.config import ConfigError
 from loqt_ds.method.linear import LoQTLinear
@@ -84,7 +84,10 @@ class _BlockForward:
             return forward(self.block, *args, **kwargs)
         try:
             return _compiled(forward, self.backend)(self.block, *args, **kwargs)
-        except TorchDynamoException as error:  # at the first call; later ones find their graph
+        except (
+            TorchDynamoException,
+            FailOnRecompileLimitHit,
+        ) as error:  # at the first call
             raise ConfigError(
                 f"train.compile=true: {type(self.block).__name__} cannot be compiled as one graph "
                 f"({_first_line(error)}); use train.compile=false"

@@ -218,7 +218,7 @@ class Controller:
         return self._current is not None and self._current.due
 
     def method(self, layer: LoQTLinear) -> str:
-        """exact, gram or sketch, for this layer."""
+        """exact, gram, iterated or sketch, for this layer."""
         return subspace_method(layer, self.options.subspace)
 
     def begin_step(self, step: int) -> None:
@@ -336,10 +336,24 @@ class Controller:
                 gathered.total = gathered.total.new_empty(0)
                 gathered.columns = gathered.reduction = None
 
-    def _finish_reductions(self, current: _Step) -> None:
-        """Every layer's sum is with its owner afterwards; a rank that saw no gradient of a layer adds nothing to it."""
+    @torch.no_grad()
+    def backward_complete(self) -> None:
+        """The backward of the step's last micro-batch is over: of layers that it did not reach nothing more will come.
+
+        Before anything else is exchanged, every rank has then started the same sums, whichever layers it made use of.
+        """
+        current = self._current
+        if current is not None and current.due and self.ranks.world_size > 1:
+            with current.clock.part("sum"):
+                self._complete_all(current)
+
+    def _complete_all(self, current: _Step) -> None:
         current.complete.update(self.layers)
         self._start_reductions(current)
+
+    def _finish_reductions(self, current: _Step) -> None:
+        """Every layer's sum is with its owner afterwards; a rank that saw no gradient of a layer adds nothing to it."""
+        self._complete_all(current)
         for gathered in current.gathered.values():
             if gathered.reduction is not None:
                 gathered.reduction.wait()

@@ -143,8 +143,9 @@ def _loqt_twin(linear: nn.Linear, loqt: LoQTConfig, dtype: torch.dtype, device: 
     )
 
 
-def _keep_dequantized(model: nn.Module, loqt: LoQTConfig) -> None:
-    """Tells the first layers to keep their W dequantized, as many as `loqt.dequantized_cache_gib` has room for."""
+def keep_dequantized(model: nn.Module, loqt: LoQTConfig) -> None:
+    """Tells the first layers to keep their W dequantized, as many as `loqt.dequantized_cache_gib` has room for. To be
+    called again where the dtype of B was changed."""
     room = loqt.dequantized_cache_gib * 2**30
     for layer in loqt_layers(model).values():
         room -= layer.dequantized_bytes
@@ -169,7 +170,7 @@ def convert(model: nn.Module, loqt: LoQTConfig) -> dict[str, Tensor]:
         layer.train(linear.training)
         originals[name] = linear.weight.detach()
         _replace(model, name, layer)
-    _keep_dequantized(model, loqt)
+    keep_dequantized(model, loqt)
     return originals
 
 
@@ -199,7 +200,7 @@ def build_meta(
             if parameter.dtype != dtype:
                 setattr(module, short, nn.Parameter(parameter.to(dtype)))
     tie_weights(model)
-    _keep_dequantized(model, loqt)
+    keep_dequantized(model, loqt)
     return model
 
 
@@ -310,7 +311,7 @@ def materialize(
                 _replace(model, name, module)
     tie_weights(model)
     model.to(device)  # what is left: buffers such as rotary tables
-    _keep_dequantized(model, loqt)
+    keep_dequantized(model, loqt)
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     assert not left, f"not materialized: {left}"
     return model, weights

@@ -1,4 +1,4 @@
-"""The loss of a causal language model without the logits of all tokens: `model(**inputs, targets=targets)`.
+"""The loss of a causal language model from its output head's input: `model(**inputs, targets=targets)`.
 
 `install` changes the `forward` of one model, not of its class: with targets it gives the summed loss, a float32 scalar,
 without them what it always gave. With targets the model runs its own forward, so that its decoder is called exactly as
@@ -46,7 +46,7 @@ class HeadReport:
             return f"the loss needs the logits of all tokens at once: {self.whole_logits}"
         by = "Liger's fused kernel" if self.kernels == "liger" else "torch, block by block"
         why = " (the model scales or caps its logits)" if self.is_transformed else ""
-        return f"the loss is computed by {by}, without the logits of all tokens{why}"
+        return f"the loss is computed by {by}, from the input of the output head{why}"
 
 
 def install(model: nn.Module, *, kernels: str = "torch") -> HeadReport:

@@ -468,8 +468,8 @@ def test_evaluation_in_the_middle_changes_nothing() -> None:
             engine.backward(loss)
             evaluate()
             engine.step()
-            parts.append(loss.item())
-        losses.append(sum(parts) / 2)
+            parts.append(loss.detach())
+        losses.append(torch.stack(parts).mean().item())  # in float32, as `learn` has it
     assert losses == expected
 
 
@@ -515,6 +515,21 @@ def test_gradients_without_sums_over_the_ranks_are_gathered_whole() -> None:
         engine.step()
         losses.append((first.item() + second.item()) / 2)
     assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_w_is_kept_dequantized_in_the_dtype_it_is_used_in() -> None:
+    """As many layers as have room in bf16, of a model that was given in float32; under autocast it would be no use."""
+    layers = loqt_layers(start(config=settings(bf16={"enabled": True})).module)
+    room = sum(2 * layer.in_features * layer.out_features for layer in layers.values())
+    change = {"dequantized_cache_gib": room / 2**30}
+    engine = start(config=settings(bf16={"enabled": True}, loqt=change))
+    learn(engine, 4)
+    for layer in loqt_layers(engine.module).values():
+        assert layer.keeps_dequantized
+        with layer.weight_q_buffer(torch.bfloat16) as kept:
+            assert torch.equal(kept, layer.weight_q(torch.bfloat16))
+    with pytest.raises(ConfigError, match="dequantized_cache_gib"):
+        start(config=settings(loqt=change, torch_autocast={"enabled": True, "dtype": "bfloat16"}))
 
 
 @pytest.mark.parametrize("by_json", [False, True])

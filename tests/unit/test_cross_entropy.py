@@ -232,14 +232,14 @@ def capped(logits: Tensor) -> Tensor:
 @pytest.mark.parametrize("transform", [None, capped])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(300, 5003, 2**16, 8192), (300, 5003, 2**16, 64), (300, 500, 2**23, 8192)])
-def test_no_more_than_a_block_of_logits_is_ever_alive(
+def test_what_is_alive_at_the_peak_is_what_the_planner_is_told(
     shape: tuple[int, int, int, int],
     dtype: torch.dtype,
     transform: Callable[[Tensor], Tensor] | None,
     sized: Callable[[int, int], None],
     way: str,
 ) -> None:
-    """What is alive at the peak is what the planner is told: a block, or all in the dtype of H where they are kept."""
+    """A block, or all in the dtype of H where their gradient is kept."""
     num_tokens, vocab, *sizes = shape
     sized(*sizes)
     drawn = draw(num_tokens, vocab, 64, dtype=dtype)
@@ -253,7 +253,9 @@ def test_no_more_than_a_block_of_logits_is_ever_alive(
     per_token = 60 * num_tokens  # log-sum-exp, masks, columns of targets, running maxima
     assert 0.97 * (workspace + returned) <= live.peak <= workspace + returned + per_token
     if way == "kept" and transform is None:
-        assert live.largest == dtype.itemsize * num_tokens * vocab or dtype != torch.float32
+        rows = min(num_tokens, max(1, sizes[0] // vocab))
+        in_float32 = 4 * rows * vocab if dtype != torch.float32 else 0
+        assert live.largest == max(dtype.itemsize * num_tokens * vocab, in_float32)
         return
     assert in_forward <= workspace + per_token
     assert (live.largest < 4 * num_tokens * vocab) == (sizes[0] < num_tokens * vocab), "all logits in one block"

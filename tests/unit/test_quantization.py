@@ -398,3 +398,20 @@ def test_a_kernel_that_writes_to_its_argument_is_used_where_there_is_one(kind, m
                 assert bool(calls) == used
     finally:
         library._destroy()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_another_default_dtype_or_device_changes_nothing(kind):
+    """Of whoever quantizes first, too: tables are made once."""
+    matrix, spec = torch.randn(37, 91, generator=torch.Generator().manual_seed(3)), QuantSpec(kind)
+    expected = quantize(matrix, spec)
+    for dtype, device in ((torch.bfloat16, "cpu"), (torch.float64, "cpu"), (torch.float32, "meta")):
+        quantization._cell_table.cache_clear()
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                packed = quantize(matrix, spec)
+        finally:
+            torch.set_default_dtype(before)
+        assert all(torch.equal(packed[key], value) for key, value in expected.items())
