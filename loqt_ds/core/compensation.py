@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from .quantization import Packed, QuantSpec, dequantize, quantize
-from .subspace import squared_norm
 
 # Below this ratio of its diagonal's ends, the columns of P̂ are taken to be dependent.
 _SMALLEST_PIVOT_RATIO = 1e-3
@@ -62,7 +61,7 @@ def compensate(
     _check_scale(scale)
     weight, basis_hat = weight.detach().float(), basis_hat.detach().float()
     shape = (weight.shape[0], weight.shape[1])
-    norm = math.sqrt(squared_norm(weight))
+    norm = math.sqrt(_squared(weight))
     if not math.isfinite(norm):
         raise ValueError(f"a weight of shape {shape} has values that are not finite; it cannot be quantized")
 

@@ -126,7 +126,7 @@ def iterated_basis(gradient: Tensor, rank: int, *, oversampling: int, seed: int)
     matrix = gradient.detach().float()
     num_columns = min(rank + oversampling, *matrix.shape)
     # The columns rather than A are scaled, so that products of a tiny gradient do not underflow, without a copy of it.
-    size = max(float(torch.linalg.vector_norm(matrix, dtype=torch.float64)), 1e-30)
+    size = max(*(abs(float(end)) for end in torch.aminmax(matrix)), 1e-30)
     columns = _gaussian(len(matrix), num_columns, _generator(seed, "subspace iteration")).to(matrix.device)
     for _ in range(POWER_ITERATIONS):
         columns = orthonormal(matrix @ (matrix.T @ (columns / size)))  # (k, c)
