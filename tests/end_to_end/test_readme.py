@@ -122,6 +122,10 @@ def run_command(words: list[str], clone: Path) -> None:
             run_training(words, clone)
     elif program == "python" and rest[0] == "tools/plan_memory.py":
         assert "24 GiB: fits" in run_as_it_is(words, clone).output
+    elif program == "python" and rest[0] == "tools/profile_step.py":
+        shown = run_as_it_is(words, clone).output
+        assert "products of W" in shown and "Step with a re-initialization" in shown
+        assert (clone / rest[rest.index("--trace") + 1]).stat().st_size > 0
     elif program == "python" and rest[0] == "tools/export.py":
         assert "reloaded with transformers" in run_as_it_is(words, clone).output
         assert (clone / rest[rest.index("--output") + 1] / "config.json").is_file()
