@@ -46,7 +46,7 @@ import torch
 from torch import Tensor, nn
 
 from loqt_ds.config import Config, describe_model, load_config
-from loqt_ds.core.schedules import ReinitSchedule
+from loqt_ds.core.schedules import LRSchedule, ReinitSchedule
 from loqt_ds.engines.single import SingleEngine
 from loqt_ds.evaluation import model_inputs, num_predicted
 from loqt_ds.method import head
@@ -69,6 +69,11 @@ class Setup:
     shape: a name in configs/models, or a file. dtype: fp32 or bf16. rows, length: of a batch; LoQT chooses by them how
     it computes and what it keeps. num_layers: instead of the shape's own. cap_gib: of the device's memory.
     interval: steps between refreshes; None: in the first step, and when `step` is asked for one.
+    growth: of LoQT's intervals (exponential schedule); None: they all are `interval`.
+    lr_full_rank: of what every method trains in full (embeddings, norms, head); None: lr.
+    max_steps: of a cosine from the peak to a tenth of it, after a warm-up over the first tenth; None: a constant rate.
+    max_grad_norm: of all gradients together; None: no clipping.
+    vocab_size: instead of the shape's own.
     is_large: a refresh of GaLore or APOLLO is not made but measured on one matrix of each shape, because GaLore's, an
     SVD of every matrix, can take ten minutes.
     """
@@ -81,7 +86,12 @@ class Setup:
     num_layers: int | None = None
     cap_gib: float | None = None
     lr: float = 1e-3
+    lr_full_rank: float | None = None
     interval: int | None = None
+    max_steps: int | None = None
+    growth: float | None = None
+    max_grad_norm: float | None = None
+    vocab_size: int | None = None
     is_large: bool = False
     seed: int = 0
 
@@ -96,13 +106,37 @@ class Setup:
             f"train.micro_batch_size={self.rows}",
             f"data.sequence_length={self.length}",
             *([] if self.cap_gib is None else [f"train.memory_limit_gib={self.cap_gib}"]),
-            "train.max_steps=1000000",
+            *([] if self.vocab_size is None else [f"model.vocab_size={self.vocab_size}"]),
+            *([] if self.max_grad_norm is None else [f"train.max_grad_norm={self.max_grad_norm}"]),
+            f"train.max_steps={self.max_steps or 1000000}",
             f"optim.lr={self.lr}",
-            "optim.schedule=constant",
-            "optim.warmup_steps=0",
+            f"optim.lr_full_rank={self.rate_of_rest}",
+            f"optim.schedule={self.rates.kind}",
+            f"optim.warmup_steps={self.rates.warmup_steps}",
+            f"optim.min_lr_ratio={self.rates.min_ratio}",
         ]
         config = load_config(None, [*common, *options])
         return resolve_config(config, torch.device(self.device))
+
+    @property
+    def rate_of_rest(self) -> float:
+        """Peak learning rate of what every method trains in full."""
+        return self.lr if self.lr_full_rank is None else self.lr_full_rank
+
+    @property
+    def rates(self) -> LRSchedule:
+        """The factor on all learning rates, by step."""
+        if self.max_steps is None:
+            return LRSchedule("constant", max_steps=1, warmup_steps=0)
+        return LRSchedule("cosine", max_steps=self.max_steps, warmup_steps=round(0.1 * self.max_steps), min_ratio=0.1)
+
+    def schedule(self) -> list[str]:
+        """Options of LoQT's re-initializations; none where `step` is asked for them."""
+        if self.interval is None:
+            return []
+        if self.growth is None:
+            return ["loqt.schedule=static", f"loqt.interval={self.interval}"]
+        return ["loqt.schedule=exponential", f"loqt.interval={self.interval}", f"loqt.growth={self.growth}"]
 
     def description(self) -> Any:
         """transformers' configuration of the model."""
@@ -123,13 +157,15 @@ def shape_with_layers(shape: str, num_layers: int) -> str:
 @dataclass
 class Taken:
     """One step. seconds: forward, backward, update. refresh: what finding new subspaces takes, where that was measured
-    beside the step and not in it. gradients: their bytes when the backward was over."""
+    beside the step and not in it. gradients: their bytes when the backward was over. inside: seconds of the step that
+    a re-initialization took."""
 
     loss: float
     seconds: dict[str, float]
     gradients: int
     refresh: float | None = None
     notes: list[str] = field(default_factory=list)
+    inside: float | None = None
 
     @property
     def total(self) -> float:
@@ -234,7 +270,20 @@ class Rival:
     def __init__(self, name: str, setup: Setup, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.name, self.setup, self.model, self.optimizer = name, setup, model.train(), optimizer
         self.device = torch.device(setup.device)
+        self.num_steps, self._rates = 0, setup.rates
+        self._peaks = [group["lr"] for group in optimizer.param_groups]
         head.install(model)
+
+    def set_rates(self) -> None:
+        """Called before a step's update: the learning rates of this step."""
+        for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * self._rates.multiplier(self.num_steps)
+
+    def clip(self) -> None:
+        """Called before a step's update: scales gradients down to the largest norm allowed."""
+        if self.setup.max_grad_norm is not None:
+            trained = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+            torch.nn.utils.clip_grad_norm_(trained, self.setup.max_grad_norm)
 
     def refresh_beside(self) -> float | None:
         """Called between backward and update of a step that shall refresh; seconds, where it is done outside the
@@ -256,9 +305,12 @@ class Rival:
         beside = self.refresh_beside() if refresh else None
         self.set_gap(refresh)
         clock.skip()
+        self.set_rates()
+        self.clip()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         clock.part("update")
+        self.num_steps += 1
         return Taken(loss.item(), clock.seconds, gradients, beside)
 
     def num_bytes(self) -> dict[str, int]:
@@ -345,16 +397,27 @@ def dense_model(setup: Setup) -> nn.Module:
         )
 
 
+def groups(setup: Setup, model: nn.Module) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer: the linears that LoQT adapts, or adapters in their place; and the rest."""
+    chosen = {id(linear.weight) for linear in target_linears(model, "all-linear").values()}
+    chosen |= {id(parameter) for path, parameter in model.named_parameters() if ".lora_" in path}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for parameter in trained if id(parameter) in chosen], "lr": setup.lr},
+        {"params": [parameter for parameter in trained if id(parameter) not in chosen], "lr": setup.rate_of_rest},
+    ]
+
+
 def adamw(name: str, setup: Setup, rank: int | None) -> Rival:
     model = dense_model(setup)
-    return Rival(name, setup, model, torch.optim.AdamW(model.parameters(), lr=setup.lr, weight_decay=0.0, fused=True))
+    return Rival(name, setup, model, torch.optim.AdamW(groups(setup, model), lr=setup.lr, weight_decay=0.0, fused=True))
 
 
 def adamw8bit(name: str, setup: Setup, rank: int | None) -> Rival:
     import bitsandbytes
 
     model = dense_model(setup)
-    return Rival(name, setup, model, bitsandbytes.optim.AdamW8bit(model.parameters(), lr=setup.lr, weight_decay=0.0))
+    return Rival(name, setup, model, bitsandbytes.optim.AdamW8bit(groups(setup, model), lr=setup.lr, weight_decay=0.0))
 
 
 def projected(name: str, setup: Setup, rank: int | None) -> Rival:
@@ -362,11 +425,8 @@ def projected(name: str, setup: Setup, rank: int | None) -> Rival:
     is_galore = name.startswith("galore")
     module = imported("galore_torch", "galore-torch") if is_galore else imported("apollo_torch", "apollo-torch")
     model = dense_model(setup)
-    matrices = [linear.weight for linear in target_linears(model, "all-linear").values()]
-    chosen = {id(matrix) for matrix in matrices}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
-    group: dict[str, Any] = {
-        "params": matrices,
+    matrices, others = groups(setup, model)
+    group: dict[str, Any] = matrices | {
         "rank": rank,
         "update_proj_gap": setup.interval or NEVER,
         "scale": SCALE if is_galore else 1.0,
@@ -377,7 +437,7 @@ def projected(name: str, setup: Setup, rank: int | None) -> Rival:
     make = module.GaLoreAdamW if is_galore else module.APOLLOAdamW
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # that torch has an AdamW, too
-        optimizer = make([{"params": others}, group], lr=setup.lr, weight_decay=0.0)
+        optimizer = make([others, group], lr=setup.lr, weight_decay=0.0)
     rival = Projected(name, setup, model, optimizer)
     if setup.is_large:
         rival.preset()
@@ -410,8 +470,7 @@ def qlora(name: str, setup: Setup, rank: int | None) -> Rival:
     for path, parameter in model.named_parameters():
         if path not in frozen_names:
             parameter.requires_grad_(True)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return Rival(name, setup, model, torch.optim.AdamW(trained, lr=setup.lr, weight_decay=0.0, fused=True))
+    return Rival(name, setup, model, torch.optim.AdamW(groups(setup, model), lr=setup.lr, weight_decay=0.0, fused=True))
 
 
 # ---------------------------------------------------------------- LoQT
@@ -432,8 +491,7 @@ class LoQT:
 
     def __init__(self, name: str, setup: Setup, *options: str) -> None:
         self.name, self.setup, self.device = name, setup, torch.device(setup.device)
-        schedule = [] if setup.interval is None else ["loqt.schedule=static", f"loqt.interval={setup.interval}"]
-        config, description = setup.config(*options, *schedule), setup.description()
+        config, description = setup.config(*setup.schedule(), *options), setup.description()
         config = resolve_activations(config, description, self.device, None, ALONE, None)
         self.notes: list[str] = []
         torch.manual_seed(setup.seed)
@@ -464,10 +522,12 @@ class LoQT:
         clock.part("update")
         assert report is not None
         notes = [] if report.applied else ["the update was skipped: a gradient is not finite"]
-        if refresh:
-            assert report.reinit is not None, "a re-initialization was asked for"
+        assert report.reinit is not None or not refresh, "a re-initialization was asked for"
+        inside = None
+        if report.reinit is not None:
+            inside = sum(report.reinit.seconds.values())
             notes += [f"{layer.name}: {layer.kept}" for layer in report.reinit.layers if layer.kept]
-        return Taken(loss.item(), clock.seconds, gradients, None, notes)
+        return Taken(loss.item(), clock.seconds, gradients, None, notes, inside)
 
     def num_bytes(self) -> dict[str, int]:
         states = size(self.engine.saved_tensors()["optimizer"].values())

@@ -1,0 +1,235 @@
+"""One run of a comparison: one method, one data set, one seed, and what it cost.
+
+    python tools/compare_run.py SPEC.json DIRECTORY
+
+`compare.py` starts one such process after another. The process writes DIRECTORY/result.json when it is over, however it
+ended, and while it goes on DIRECTORY/progress.json, both whole or not at all. All runs of a comparison see the same
+rows in the same order (`loqt_ds.data`, by seed) and are judged by the same evaluator (`loqt_ds.evaluation`): the loss
+per predicted token over whole held-out documents, joined and cut into rows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from rivals import Setup, build, model_bytes
+
+from loqt_ds.config import Config, load_config
+from loqt_ds.data import DataBundle, build_data, load_or_train_tokenizer
+from loqt_ds.evaluation import Evaluation, evaluate
+from loqt_ds.trainer import peak_memory_gib
+
+DIVERGED_AT = 3.0  # nats above the loss of the untrained model
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What one run is.
+
+    method: a contender's name (`rivals`). data: options of a run, such as `data.path=FILE`, that say what is read.
+    lr: of what takes the place of the adapted weights; lr_full_rank: of embeddings, norms and head. rows, length: of a
+    step. interval, growth: of re-initializations, and of the refreshes of others' projections (interval only).
+    eval_every: steps between evaluations on the first eval_tokens held-out tokens; the last is on final_tokens of them,
+    or on all (None).
+    """
+
+    method: str
+    data: tuple[str, ...]
+    lr: float
+    lr_full_rank: float
+    seed: int = 0
+    shape: str = "llama_2m"
+    dtype: str = "fp32"
+    device: str = "cpu"
+    rows: int = 8
+    length: int = 256
+    steps: int = 400
+    interval: int = 40
+    growth: float = 1.2
+    max_grad_norm: float = 1.0
+    eval_every: int = 50
+    eval_tokens: int = 32768
+    final_tokens: int | None = None
+
+    @staticmethod
+    def from_json(text: str) -> Spec:
+        """Raises ValueError for fields that there are not."""
+        content = json.loads(text)
+        unknown = set(content) - {field.name for field in fields(Spec)}
+        if unknown:
+            raise ValueError(f"a run's description has no {', '.join(sorted(unknown))}")
+        return Spec(**content | {"data": tuple(content["data"])})
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+
+def write_whole(path: Path, content: dict[str, Any]) -> None:
+    """JSON, whole or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(content, indent=1) + "\n")
+    aside.replace(path)
+
+
+def data_config(spec: Spec) -> Config:
+    """The options that say what is read."""
+    return load_config(
+        None,
+        [
+            f"model.shape={spec.shape}",
+            f"train.seed={spec.seed}",
+            f"train.micro_batch_size={spec.rows}",
+            f"data.sequence_length={spec.length}",
+            *spec.data,
+        ],
+    )
+
+
+def open_data(spec: Spec) -> tuple[DataBundle, int]:
+    """(batches, size of the model's vocabulary): of the tokenizer, rounded up to a multiple of 64."""
+    config = data_config(spec)
+    tokenizer = load_or_train_tokenizer(config, print)
+    return build_data(config, tokenizer), -(-tokenizer.vocab_size // 64) * 64
+
+
+def setup_of(spec: Spec, vocab_size: int) -> Setup:
+    return Setup(
+        spec.shape,
+        dtype=spec.dtype,
+        rows=spec.rows,
+        length=spec.length,
+        device=spec.device,
+        lr=spec.lr,
+        lr_full_rank=spec.lr_full_rank,
+        interval=spec.interval,
+        growth=spec.growth,
+        max_steps=spec.steps,
+        max_grad_norm=spec.max_grad_norm,
+        vocab_size=vocab_size,
+        seed=spec.seed,
+    )
+
+
+class Comparand:
+    """A contender on its way through the data."""
+
+    def __init__(self, spec: Spec, directory: Path) -> None:
+        self.spec, self.directory = spec, directory
+        self.bundle, vocab_size = open_data(spec)
+        self.before = peak_memory_gib(torch.device(spec.device))
+        self.contender = build(spec.method, setup_of(spec, vocab_size))
+        self.curve: list[tuple[int, float]] = []  # (tokens seen, held-out loss)
+        self.losses: list[float] = []  # of training, by step
+        self.seconds, self.refreshes = 0.0, []  # type: tuple[float, list[float]]
+        self.gradients = 0
+        self.notes: list[str] = []
+
+    def evaluate(self, max_tokens: int | None) -> Evaluation:
+        batches = self.bundle.validation.batches(self.spec.rows, max_tokens)
+        return evaluate(self.contender.model, batches, torch.device(self.spec.device))
+
+    def note_progress(self, step: int) -> None:
+        now = {"step": step, "steps": self.spec.steps, "seconds": self.seconds, "loss": self.losses[-1]}
+        write_whole(self.directory / "progress.json", now)
+
+    def run(self) -> str:
+        """Trains; returns done or diverged."""
+        first = self.evaluate(self.spec.eval_tokens).loss
+        self.curve.append((0, first))
+        for step in range(self.spec.steps):
+            if not self._step(step, first):
+                return "diverged"
+            if (step + 1) % self.spec.eval_every == 0 and step + 1 < self.spec.steps:
+                self.curve.append((self._tokens(step), self.evaluate(self.spec.eval_tokens).loss))
+        return "done"
+
+    def _tokens(self, step: int) -> int:
+        return (step + 1) * self.spec.rows * self.spec.length
+
+    def _step(self, step: int, first: float) -> bool:
+        """Takes a step; whether the loss is still one to go on from."""
+        batch = self.bundle.train.next_batch()
+        taken = self.contender.step(batch)
+        self.losses.append(taken.loss)
+        self.seconds += taken.total
+        self.gradients = max(self.gradients, taken.gradients)
+        if taken.inside is not None:
+            self.refreshes.append(taken.inside)
+        self.notes += [f"step {step + 1}: {note}" for note in taken.notes]
+        if step % 10 == 0:
+            self.note_progress(step + 1)
+        return math.isfinite(taken.loss) and taken.loss < first + DIVERGED_AT
+
+    def result(self, status: str) -> dict[str, Any]:
+        spec, model = self.spec, self.contender.model
+        peak = peak_memory_gib(torch.device(spec.device))
+        content: dict[str, Any] = {
+            "spec": asdict(spec),
+            "status": status,
+            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "bytes": self.contender.num_bytes() | {"gradients": self.gradients, "model": model_bytes(model)},
+            "peak_memory_gib": peak,
+            "memory_before_model_gib": self.before,
+            "seconds": self.seconds,
+            "tokens_per_second": len(self.losses) * spec.rows * spec.length / max(self.seconds, 1e-9),
+            "refresh_seconds": sum(self.refreshes),
+            "num_refreshes": len(self.refreshes),
+            "losses": self.losses,
+            "notes": self.notes[:50],
+        }
+        if status == "done":
+            final = self.evaluate(spec.final_tokens)
+            self.curve.append((self._tokens(spec.steps - 1), final.loss))
+            num_batches = -(-final.num_tokens // (spec.rows * spec.length))
+            # the family's evaluators divide the summed loss by one batch too many (ALGORITHM.md)
+            biased = math.exp(min(final.loss * num_batches / (num_batches + 1), 700.0))
+            content["final"] = final.record() | {"biased_perplexity": biased, "num_batches": num_batches}
+        return content | {"curve": self.curve, "data": self.bundle.summary}
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": sys.version.split()[0]}
+    names = ("torch", "transformers", "bitsandbytes", "peft", "galore-torch", "q-galore-torch", "apollo-torch")
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def run(spec: Spec, directory: Path) -> dict[str, Any]:
+    """Trains, judges, writes DIRECTORY/result.json, and returns what it says: also of a run that failed."""
+    directory.mkdir(parents=True, exist_ok=True)
+    started = time.time()
+    try:
+        comparand = Comparand(spec, directory)
+        content = comparand.result(comparand.run())
+    except Exception as error:  # a comparison goes on without a method that fails, and shows what it said
+        traceback.print_exc()
+        content = {"spec": asdict(spec), "status": "failed", "error": f"{type(error).__name__}: {error}"}
+    content |= {"versions": versions(), "wall_seconds": time.time() - started, "threads": torch.get_num_threads()}
+    write_whole(directory / "result.json", content)
+    return content
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    spec_file, directory = sys.argv[1:] if arguments is None else arguments
+    content = run(Spec.from_json(Path(spec_file).read_text()), Path(directory))
+    return 0 if content["status"] == "done" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
