@@ -1,11 +1,13 @@
 """One run of a comparison: one method, one data set, one seed, and what it cost.
 
-    python tools/compare_run.py SPEC.json DIRECTORY
+    python tools/compare_run.py SPEC.json DIRECTORY [SECONDS]
 
 `compare.py` starts one such process after another. The process writes DIRECTORY/result.json when it is over, however it
-ended, and while it goes on DIRECTORY/progress.json, both whole or not at all. All runs of a comparison see the same
-rows in the same order (`loqt_ds.data`, by seed) and are judged by the same evaluator (`loqt_ds.evaluation`): the loss
-per predicted token over whole held-out documents, joined and cut into rows.
+ended, and while it goes on DIRECTORY/progress.json, both whole or not at all. After so many SECONDS it writes
+DIRECTORY/state.pt instead and ends with status 75; the next such process goes on from there, bit for bit.
+
+All runs of a comparison see the same rows in the same order (`loqt_ds.data`, by seed) and are judged by the same
+evaluator (`loqt_ds.evaluation`): the loss per predicted token over whole held-out documents, joined and cut into rows.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fit import machine
 from rivals import Setup, build, model_bytes
 
 from loqt_ds.config import Config, load_config
@@ -29,6 +32,7 @@ from loqt_ds.data import DataBundle, build_data, load_or_train_tokenizer
 from loqt_ds.evaluation import Evaluation, evaluate
 from loqt_ds.trainer import peak_memory_gib
 
+STATUS = {"done": 0, "diverged": 0, "failed": 1, "paused": 75}  # of the process
 DIVERGED_AT = 3.0  # nats above the loss of the untrained model
 
 
@@ -133,6 +137,7 @@ class Comparand:
         self.seconds, self.refreshes = 0.0, []  # type: tuple[float, list[float]]
         self.gradients = 0
         self.notes: list[str] = []
+        self.until = math.inf  # time.monotonic() at which this process is to pause
 
     def evaluate(self, max_tokens: int | None) -> Evaluation:
         batches = self.bundle.validation.batches(self.spec.rows, max_tokens)
@@ -143,15 +148,40 @@ class Comparand:
         write_whole(self.directory / "progress.json", now)
 
     def run(self) -> str:
-        """Trains; returns done or diverged."""
-        first = self.evaluate(self.spec.eval_tokens).loss
-        self.curve.append((0, first))
-        for step in range(self.spec.steps):
+        """Trains; returns done, diverged or paused."""
+        self._restore()
+        if not self.curve:
+            self.curve.append((0, self.evaluate(self.spec.eval_tokens).loss))
+        first = self.curve[0][1]
+        for step in range(len(self.losses), self.spec.steps):
+            if time.monotonic() > self.until:
+                self._save()
+                return "paused"
             if not self._step(step, first):
                 return "diverged"
             if (step + 1) % self.spec.eval_every == 0 and step + 1 < self.spec.steps:
                 self.curve.append((self._tokens(step), self.evaluate(self.spec.eval_tokens).loss))
         return "done"
+
+    # what a run has gathered so far, beside the contender's own state and the place in the data
+    GATHERED = ("curve", "losses", "seconds", "refreshes", "gradients", "notes")
+
+    def _save(self) -> None:
+        state = {name: getattr(self, name) for name in self.GATHERED}
+        state |= {"contender": self.contender.state(), "data": self.bundle.train.state_dict()}
+        aside = self.directory / ".state.pt.part"
+        torch.save(state, aside)
+        aside.replace(self.directory / "state.pt")
+
+    def _restore(self) -> None:
+        file = self.directory / "state.pt"
+        if not file.is_file():
+            return
+        state = torch.load(file, map_location=self.spec.device, weights_only=True)
+        self.contender.restore(state["contender"])
+        self.bundle.train.load_state_dict(state["data"])
+        for name in self.GATHERED:
+            setattr(self, name, state[name])
 
     def _tokens(self, step: int) -> int:
         return (step + 1) * self.spec.rows * self.spec.length
@@ -197,38 +227,32 @@ class Comparand:
         return content | {"curve": self.curve, "data": self.bundle.summary}
 
 
-def versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
+def run(spec: Spec, directory: Path, seconds: float = math.inf) -> dict[str, Any]:
+    """Trains, judges, writes DIRECTORY/result.json, and returns what it says: also of a run that failed.
 
-    found = {"python": sys.version.split()[0]}
-    names = ("torch", "transformers", "bitsandbytes", "peft", "galore-torch", "q-galore-torch", "apollo-torch")
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def run(spec: Spec, directory: Path) -> dict[str, Any]:
-    """Trains, judges, writes DIRECTORY/result.json, and returns what it says: also of a run that failed."""
+    After so many seconds it pauses, and returns that; nothing is judged then.
+    """
+    until = time.monotonic() + seconds
     directory.mkdir(parents=True, exist_ok=True)
-    started = time.time()
     try:
         comparand = Comparand(spec, directory)
-        content = comparand.result(comparand.run())
+        comparand.until = until
+        if (status := comparand.run()) == "paused":
+            return {"spec": asdict(spec), "status": status}
+        content = comparand.result(status)
     except Exception as error:  # a comparison goes on without a method that fails, and shows what it said
         traceback.print_exc()
         content = {"spec": asdict(spec), "status": "failed", "error": f"{type(error).__name__}: {error}"}
-    content |= {"versions": versions(), "wall_seconds": time.time() - started, "threads": torch.get_num_threads()}
+    content["machine"] = machine(torch.device(spec.device))
     write_whole(directory / "result.json", content)
+    (directory / "state.pt").unlink(missing_ok=True)
     return content
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    spec_file, directory = sys.argv[1:] if arguments is None else arguments
-    content = run(Spec.from_json(Path(spec_file).read_text()), Path(directory))
-    return 0 if content["status"] == "done" else 1
+    spec_file, directory, *seconds = sys.argv[1:] if arguments is None else arguments
+    content = run(Spec.from_json(Path(spec_file).read_text()), Path(directory), *map(float, seconds))
+    return STATUS[content["status"]]
 
 
 if __name__ == "__main__":
