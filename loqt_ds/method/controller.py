@@ -25,18 +25,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from loqt_ds.config import LoQTConfig
-from loqt_ds.core.compensation import compensate
-from loqt_ds.core.quantization import Packed, dequantize, quantize
+from loqt_ds.core.compensation import Compensated, compensate
+from loqt_ds.core.quantization import dequantize, quantize
 from loqt_ds.core.schedules import ReinitSchedule
 from loqt_ds.core.subspace import (
     POWER_ITERATIONS,
+    Basis,
     Completed,
     captured_energy,
     complete_basis,
@@ -50,11 +50,11 @@ from loqt_ds.core.subspace import (
     squared_norm,
     test_matrix,
 )
+from loqt_ds.method.gathered import NUM_PROBES, Gathered, Pending, Step
 from loqt_ds.method.linear import LoQTLinear
-from loqt_ds.method.reports import Clock, LayerReport, ReinitReport
-from loqt_ds.ranks import ALONE, Ranks, Work
+from loqt_ds.method.reports import LayerReport, ReinitReport
+from loqt_ds.ranks import ALONE, Ranks
 
-NUM_PROBES = 8  # Gaussian columns that a sketch's energy is measured on
 # loqt.subspace=auto: up to this smaller side of the whole gradient, above of a sketch.
 AUTO_WHOLE_LIMIT = 512
 # Of the whole gradient by Gram, in float64, where that takes milliseconds; by subspace iteration, in float32, above
@@ -104,47 +104,6 @@ class FactorStore(Protocol):
         """Makes the optimizer's state of B that of a new parameter."""
 
 
-@dataclass
-class _Gathered:
-    """One layer's share of the gradient, summed over the micro-batches of a step, then over the ranks."""
-
-    total: Tensor  # A (k, l) in float32, or A [Ω, Z] (k, c + q) in the dtype of B
-    columns: Tensor | None  # [Ω, Z] (l, c + q) of a sketch, on ranks that have met the layer
-    is_sketch: bool
-    num_tokens: int = 0  # rows the sum came from: A has at most this rank
-    reduction: Work | None = None  # the sum over the ranks, once it is under way
-
-    def sketch(self) -> Tensor:
-        """What P is found from: A, or A Ω."""
-        return self.total[:, :-NUM_PROBES] if self.is_sketch else self.total
-
-    def probed(self) -> Tensor:
-        """What P's energy is measured on: A, or A Z."""
-        return self.total[:, -NUM_PROBES:] if self.is_sketch else self.total
-
-
-@dataclass
-class _Pending:
-    """A new P, waiting for the layer's update."""
-
-    packed_p: Packed | None
-    report: LayerReport
-
-
-@dataclass
-class _Step:
-    """The step under way."""
-
-    step: int
-    due: bool
-    gathered: dict[str, _Gathered] = field(default_factory=dict)
-    complete: set[str] = field(default_factory=set)  # layers whose gradient of this step is whole
-    num_reducing: int = 0  # layers, in the order of reductions, whose sum over the ranks was started
-    pending: dict[str, _Pending] = field(default_factory=dict)
-    reports: dict[str, LayerReport] = field(default_factory=dict)
-    clock: Clock = field(default_factory=Clock)
-
-
 def assign_owners(costs: dict[str, float], world_size: int) -> dict[str, int]:
     """Which rank re-initializes which layer: the costliest first, each to the rank with the least to do so far."""
     load = [0.0] * world_size
@@ -188,7 +147,7 @@ class Controller:
         self._let_go = False  # whether there were original weights and are no more
         self._initialized: set[str] = set()
         self._overdue = False
-        self._current: _Step | None = None
+        self._current: Step | None = None
 
     def _cost(self, layer: LoQTLinear) -> float:
         """Operations of a re-initialization, about: decomposition, merge, compensation."""
@@ -224,7 +183,7 @@ class Controller:
     def begin_step(self, step: int) -> None:
         """Starts step `step` (0-based). Taps every layer if the schedule, or a skipped step before, asks for it."""
         due = self.schedule.is_due(step) or self._overdue
-        self._current = _Step(step, due)
+        self._current = Step(step, due)
         if due:
             for name, layer in self.layers.items():
                 layer.tap = self._tap(name, layer)
@@ -254,7 +213,7 @@ class Controller:
 
         return tap
 
-    def _nothing(self, layer: LoQTLinear, columns: Tensor | None) -> _Gathered:
+    def _nothing(self, layer: LoQTLinear, columns: Tensor | None) -> Gathered:
         """An empty sum for a layer; the same shape and dtype on every rank, also where no gradient arrives."""
         sketched = self.method(layer) == "sketch"
         columns_of_omega = sketch_columns(layer, self.options.sketch_oversampling)
@@ -262,7 +221,7 @@ class Controller:
         # Sums of sketches lose nothing measurable in bf16; a dense gradient is wanted exactly.
         dtype = torch.bfloat16 if sketched and layer.B.dtype == torch.bfloat16 else torch.float32
         total = torch.zeros(layer.basis_shape[0], width, device=layer.B.device, dtype=dtype)
-        return _Gathered(total, columns, sketched)
+        return Gathered(total, columns, sketched)
 
     def _layer_seed(self, name: str) -> int:
         assert self._current is not None
@@ -270,7 +229,26 @@ class Controller:
 
     def _columns(self, name: str, layer: LoQTLinear, inner: Tensor, outer: Tensor) -> Tensor:
         """[Ω, Z] (l, c + q) in the dtype of the gradient: made in the first micro-batch, the same on all ranks."""
-        owner, device = self.owners[name], layer.B.device
+        probes = probe_matrix(
+            length=layer.factor_length,
+            num_probes=NUM_PROBES,
+            seed=self._layer_seed(name + "/probes"),
+            device=layer.B.device,
+        )
+        return torch.cat([self._omega(name, layer, inner, outer), probes.to(outer.dtype)], dim=1)
+
+    def _gaussian_omega(self, name: str, layer: LoQTLinear) -> Tensor:
+        """The Ω (l, c) that power iterations start from."""
+        return test_matrix(
+            length=layer.factor_length,
+            num_columns=sketch_columns(layer, self.options.sketch_oversampling),
+            seed=self._layer_seed(name),
+            device=layer.B.device,
+        )
+
+    def _omega(self, name: str, layer: LoQTLinear, inner: Tensor, outer: Tensor) -> Tensor:
+        """Ω (l, c) in the dtype of the gradient, turned towards the gradient of this micro-batch."""
+        owner = self.owners[name]
 
         def total_orthonormal(columns: Tensor) -> Tensor:
             # By one of them: QR differs between machines, and where there are few tokens it invents directions.
@@ -281,27 +259,14 @@ class Controller:
             self.ranks.broadcast(columns, owner)
             return columns
 
-        omega = test_matrix(
-            length=layer.factor_length,
-            num_columns=sketch_columns(layer, self.options.sketch_oversampling),
-            seed=self._layer_seed(name),
-            device=device,
-        )
-        omega = power_iterate(
-            omega.to(outer.dtype),
+        return power_iterate(
+            self._gaussian_omega(name, layer).to(outer.dtype),
             inner,
             outer,
             iterations=POWER_ITERATIONS,
             total=self.ranks.all_reduce,
             total_orthonormal=total_orthonormal,
         )
-        probes = probe_matrix(
-            length=layer.factor_length,
-            num_probes=NUM_PROBES,
-            seed=self._layer_seed(name + "/probes"),
-            device=device,
-        )
-        return torch.cat([omega, probes.to(outer.dtype)], dim=1)
 
     # ---------------------------------------------------------------- from G to P
 
@@ -320,7 +285,7 @@ class Controller:
             with current.clock.part("sum"):
                 self._start_reductions(current)
 
-    def _start_reductions(self, current: _Step) -> None:
+    def _start_reductions(self, current: Step) -> None:
         """Starts the sums of layers that are complete, as far as the common order allows, and lets go of those that
         others now have."""
         while current.num_reducing < len(self._order):
@@ -347,11 +312,11 @@ class Controller:
             with current.clock.part("sum"):
                 self._complete_all(current)
 
-    def _complete_all(self, current: _Step) -> None:
+    def _complete_all(self, current: Step) -> None:
         current.complete.update(self.layers)
         self._start_reductions(current)
 
-    def _finish_reductions(self, current: _Step) -> None:
+    def _finish_reductions(self, current: Step) -> None:
         """Every layer's sum is with its owner afterwards; a rank that saw no gradient of a layer adds nothing to it."""
         self._complete_all(current)
         for gathered in current.gathered.values():
@@ -363,17 +328,17 @@ class Controller:
             if self.owners[name] != self.ranks.rank or not count:
                 del current.gathered[name]
 
-    def _next_basis(self, current: _Step, name: str) -> _Pending:
+    def _next_basis(self, current: Step, name: str) -> Pending:
         """The next P (k, r) from what was gathered, which goes, packed; none where the layer keeps the one it has."""
         gathered = current.gathered.pop(name, None)
         with current.clock.part("decompose"):
             full, report = self._find_basis(name, gathered)
         if full is None:
-            return _Pending(None, report)
+            return Pending(None, report)
         with current.clock.part("quantize P"):
-            return _Pending(quantize(full.vectors, self.layers[name].spec_p), report)
+            return Pending(quantize(full.vectors, self.layers[name].spec_p), report)
 
-    def _find_basis(self, name: str, gathered: _Gathered | None) -> tuple[Completed | None, LayerReport]:
+    def _find_basis(self, name: str, gathered: Gathered | None) -> tuple[Completed | None, LayerReport]:
         """The next P (k, r) in float32, and what there is to say about it."""
         layer, report = self.layers[name], LayerReport(name)
         first = name not in self._initialized
@@ -388,13 +353,7 @@ class Controller:
             report.kept = "the gradient is zero"
         else:
             try:
-                basis, report.method = decompose(
-                    gathered.sketch(),
-                    layer.rank,
-                    self.method(layer),
-                    oversampling=self.options.sketch_oversampling,
-                    seed=seed,
-                )
+                basis, report.method = self._decompose(layer, gathered, seed)
                 previous = None if first else layer.basis_hat()
                 # A sketch rounded to bf16 hides that its gradient has no more rank than tokens.
                 vectors = basis.vectors[:, : gathered.num_tokens]
@@ -415,6 +374,11 @@ class Controller:
             report.num_from_previous, report.num_random = full.num_from_previous, full.num_random
         return full, report
 
+    def _decompose(self, layer: LoQTLinear, gathered: Gathered, seed: int) -> tuple[Basis, str]:
+        """Directions of a layer's gradient, at most its rank, and the method that gave them. Raises LinAlgError."""
+        oversampling = self.options.sketch_oversampling
+        return decompose(gathered.sketch(), layer.rank, self.method(layer), oversampling=oversampling, seed=seed)
+
     # ---------------------------------------------------------------- from P to W, B
 
     @torch.no_grad()
@@ -424,15 +388,19 @@ class Controller:
         if current is not None and name in current.pending:
             self._reinitialize(current, [name])
 
-    def _reinitialize(self, current: _Step, names: list[str]) -> None:
+    @property
+    def _carries_moments(self) -> bool:
+        """Whether both moments of B are read and written anew, and not kept as they are or reset."""
+        return self.options.optimizer_state == "project"
+
+    def _reinitialize(self, current: Step, names: list[str]) -> None:
         """Merges, quantizes and compensates layers of different owners, each on its owner, and installs the results on
         all ranks."""
         with current.clock.part("exchange"):
             self._reinitialize_and_exchange(current, names)
 
-    def _reinitialize_and_exchange(self, current: _Step, names: list[str]) -> None:
+    def _reinitialize_and_exchange(self, current: Step, names: list[str]) -> None:
         part = current.clock.part
-        project = self.options.optimizer_state == "project"
         values: dict[str, list[Tensor]] = {}  # B, and both moments if they are to be projected
         factors: dict[str, Tensor | None] = {}
         moments: dict[str, list[Tensor | None]] = {}
@@ -440,7 +408,7 @@ class Controller:
             for name in names:
                 owner, first = self.owners[name], name not in self._initialized
                 factors[name] = None if first and self._original is not None else self.store.read(name, owner)
-                if project and not first and self.store.has_moments(name):
+                if self._carries_moments and not first and self.store.has_moments(name):
                     moments[name] = [self.store.moment(name, index, owner) for index in (0, 1)]
         mine = [name for name in names if self.owners[name] == self.ranks.rank]
 
@@ -462,9 +430,9 @@ class Controller:
 
     def _rebuild(
         self,
-        current: _Step,
+        current: Step,
         name: str,
-        pending: _Pending,
+        pending: Pending,
         factor: Tensor | None,
         moments: list[Tensor | None] | None,
     ) -> list[Tensor]:
@@ -472,30 +440,45 @@ class Controller:
         layer, report = self.layers[name], pending.report
         assert pending.packed_p is not None
         with current.clock.part("merge"):
-            if factor is None:
-                assert self._original is not None
-                weight = self._original(name).to(device=layer.B.device, dtype=torch.float32)
-            else:
-                weight = layer.effective_weight(layer.canonical(factor))
+            weight = self._merged(name, factor)
             new_hat = dequantize(pending.packed_p, layer.basis_shape, layer.spec_p)
-        projected: list[Tensor] = []
+        carried: list[Tensor] = []
         if moments is not None:
             one, two = (layer.canonical(moment) for moment in moments if moment is not None)
-            between = overlap(layer.basis_hat(), new_hat)  # (r, r)
-            projected = [layer.canonical(moment) for moment in project_moments(one, two, between)]
+            carried = [layer.canonical(moment) for moment in self._carry_moments(layer, one, two, new_hat)]
         with current.clock.part("compensate"):
-            result = compensate(
-                weight,
-                new_hat,
-                side=layer.side,
-                scale=layer.scale,
-                iterations=self.options.compensation_steps,
-                spec=layer.spec_w,
-            )
+            result = self._compensate(name, weight, new_hat)
         layer.set_w(result.packed)
         layer.set_p(pending.packed_p)
         report.error_before, report.error_after = result.error_before, result.error_after
-        return [layer.canonical(result.factor), *projected]
+        return [layer.canonical(result.factor), *carried]
+
+    def _merged(self, name: str, factor: Tensor | None) -> Tensor:
+        """The weight (out, in) float32 that is quantized next: the effective one, with a `factor` shaped like B; the
+        original without."""
+        layer = self.layers[name]
+        if factor is not None:
+            return layer.effective_weight(layer.canonical(factor))
+        assert self._original is not None
+        return self._original(name).to(device=layer.B.device, dtype=torch.float32)
+
+    def _carry_moments(
+        self, layer: LoQTLinear, first: Tensor, second: Tensor, new_hat: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Both moments (l, r) for the next P̂, while the layer still has the old one."""
+        return project_moments(first, second, overlap(layer.basis_hat(), new_hat))
+
+    def _compensate(self, name: str, weight: Tensor, new_hat: Tensor) -> Compensated:
+        """The next W and B of a weight (out, in) and the next P̂, while the layer still has the old ones."""
+        layer = self.layers[name]
+        return compensate(
+            weight,
+            new_hat,
+            side=layer.side,
+            scale=layer.scale,
+            iterations=self.options.compensation_steps,
+            spec=layer.spec_w,
+        )
 
     def _install(self, name: str, values: list[Tensor] | None, *, projected: bool) -> None:
         """Makes all ranks hold what the owner has made, bit for bit."""
