@@ -35,13 +35,16 @@ import benchmark_ranks
 import benchmark_report
 import torch
 from fit import Memory, machine
-from rivals import MissingPackage, Setup, build, options_of, parse, text_batch
+from rivals import MissingPackage, Setup, build, parse, run_options, text_batch
 
 from loqt_ds.train import set_environment
 
 RANKS_SHAPE = "llama_35m:96"  # of the processes under ZeRO-2
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks/results"
-REFRESHING = ("galore", "apollo", "loqt", "loqt8bit", "loqtcard")
+REFRESHING = (
+    *("galore", "qgalore", "apollo", "apollomini", "relora"),
+    *("loqt", "loqt8bit", "loqtnq", "loqtcard"),
+)
 WARM_UP = 2
 STEPS_AFRESH = 3  # timed steps of a process that lives for one round
 MIN_ROUNDS, MAX_ROUNDS = 3, 25
@@ -449,7 +452,7 @@ def chosen_cells(options: argparse.Namespace) -> list[Cell]:
         cell.setup().description()
         for name in cell.contenders:
             parse(name)
-            cell.setup().config(*options_of(name))
+            cell.setup().config(*run_options(name))
     return cells
 
 

@@ -292,7 +292,8 @@ def test_counted_operations_of_the_rivals(tools: dict[str, ModuleType]) -> None:
     assert operations(setup, f"galore:{rank}") - full == 2 * projections
     assert operations(setup, f"apollo:{rank}") - full == projections
     adapters = sum(6 * rank * (m + n) - 2 * m * n for m, n in matrices)
-    assert operations(setup, f"qlora:{rank}") - full == num_tokens * adapters
+    assert all(operations(setup, f"{m}:{rank}") - full == num_tokens * adapters for m in ("lora", "qlora", "relora"))
+    assert operations(setup, "apollomini") - full == projections / rank
     assert operations(setup, "adamw8bit") == full
     merged, factored = (operations(setup, f"loqt:{rank}+loqt.product={kind}") for kind in ("merged", "factored"))
     assert merged != factored and operations(setup, f"loqt8bit:{rank}") == min(merged, factored)
