@@ -1,0 +1,164 @@
+"""Plots of a comparison: perplexity over tokens, final perplexity with each seed, memory, and the searched rates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from compare_report import BASE, MB, Line, components, curve, end_of, perplexity
+
+COMPONENT_COLORS = ("tab:blue", "tab:orange", "tab:green", "0.8")
+
+
+def draw(every: Sequence[Line], output: Path) -> list[str]:
+    """Writes the plots that there is something to draw for; their names."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    drawn = []
+    pictures: dict[str, tuple[str, Callable[[Any, list[Line]], None], float]] = {
+        "perplexity": ("method", draw_curves, 5.0),
+        "final": ("method", draw_finals, 4.2),
+        "memory": ("method", draw_memory, 4.2),
+        "search": ("search", draw_search, 5.0),
+        "components": ("memory", draw_memory, 3.6),
+    }
+    for name, (part, draw_one, height) in pictures.items():
+        found = [line for line in every if line.part == part and line.runs]
+        panels: dict[tuple[str, str], list[Line]] = {}
+        for line in found:
+            panels.setdefault((line.shape, line.data), []).append(line)
+        if panels:
+            figure, axes = axes_of(len(panels), height)
+            for ((shape, data), here), ax in zip(panels.items(), axes, strict=False):
+                draw_one(ax, here)
+                ax.set_title(f"{Path(shape).stem} on {data}", fontsize=10)
+            figure.savefig(output / f"{name}.png", dpi=120)
+            drawn.append(name)
+    from matplotlib import pyplot
+
+    pyplot.close("all")
+    return drawn
+
+
+def axes_of(number: int, height: float) -> tuple[Any, list[Any]]:
+    """A figure with so many plots."""
+    from matplotlib import pyplot
+
+    columns = min(2, number)
+    rows = -(-number // columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(7.5 * columns, height * rows), squeeze=False, layout="constrained"
+    )
+    flat = list(axes.flat)
+    for unused in flat[number:]:
+        unused.axis("off")
+    return figure, flat
+
+
+def style(number: int) -> dict[str, Any]:
+    """Color and line of a method, by its place."""
+    return {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
+
+
+def draw_curves(ax: Any, found: list[Line]) -> None:
+    """Held-out perplexity over tokens: the mean over seeds (of the loss), and the range; a cross where a run
+    diverged."""
+    for number, line in enumerate(found):
+        runs = [curve(result) for result in line.done.values()]
+        where = style(number)
+        if runs:
+            tokens = [value / 1e6 for value in runs[0][0]]
+            columns = list(zip(*(values for _, values in runs), strict=True))
+            middle = [math.exp(sum(map(math.log, column)) / len(column)) for column in columns]
+            ax.plot(tokens, middle, label=line.label, linewidth=2.0 if line.label == BASE else 1.3, **where)
+            if len(runs) > 1:
+                ax.fill_between(tokens, [*map(min, columns)], [*map(max, columns)], alpha=0.15, color=where["color"])
+        for result in line.measured:
+            if result["status"] != "diverged":
+                continue
+            tokens_of, values = curve(result)
+            ends = [value / 1e6 for value in (*tokens_of, end_of(result))]
+            label = None if runs else f"{line.label} (diverged)"
+            ax.plot(ends, [*values, values[-1]], linewidth=1.0, label=label, **where)
+            ax.plot(ends[-1], values[-1], "X", markersize=9, color=where["color"])
+    ax.set(xlabel="tokens trained on, million", ylabel="held-out perplexity", yscale="log")
+    ends_at = [values[-1] for line in found for result in line.done.values() for values in [curve(result)[1]]]
+    if ends_at:  # what an untrained model has would leave no room for the differences
+        ax.set_ylim(0.97 * min(ends_at), 3.0 * sorted(ends_at)[len(ends_at) // 2])
+    plain_ticks(ax.yaxis)
+    ax.grid(alpha=0.3, which="both")
+    ax.legend(fontsize=7, ncols=2)
+
+
+def plain_ticks(axis: Any) -> None:
+    """Numbers instead of powers of ten."""
+    from matplotlib.ticker import LogLocator, ScalarFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_formatter(lambda *_: "")
+
+
+def draw_finals(ax: Any, found: list[Line]) -> None:
+    """A dot for every seed, a bar for their mean; what has none says why."""
+    places = list(range(len(found)))
+    for place, line in zip(places, found, strict=True):
+        values = list(line.values(perplexity).values())
+        color = "tab:green" if line.label.startswith("loqt") else "tab:blue" if line.label == BASE else "0.4"
+        ax.plot(values, [place] * len(values), "o", color=color, markersize=5, alpha=0.7)
+        if values:
+            ax.plot(sum(values) / len(values), place, "|", color=color, markersize=18, markeredgewidth=2)
+        lost = [result["status"] for result in line.runs.values() if result["status"] != "done"]
+        if lost:
+            told = " and ".join(f"{lost.count(status)} {status}" for status in dict.fromkeys(lost))
+            ax.plot(1.0, place, "X", color="tab:red", markersize=9, transform=ax.get_yaxis_transform(), clip_on=False)
+            ax.text(0.97, place, told, color="tab:red", ha="right", va="center", transform=ax.get_yaxis_transform())
+    base = next((line for line in found if line.label == BASE and line.done), None)
+    if base is not None:
+        values = list(base.values(perplexity).values())
+        ax.axvline(sum(values) / len(values), color="tab:blue", linewidth=0.8, linestyle=":")
+    ax.set_yticks(places, [line.label for line in found], fontsize=8)
+    ax.set_ylim(len(found) - 0.5, -0.5)
+    ax.grid(axis="x", alpha=0.3)
+    ax.set_xlabel("held-out perplexity at the end (dots: seeds; bar: mean; dotted: full-rank AdamW)")
+
+
+def draw_memory(ax: Any, found: list[Line]) -> None:
+    """Stacked bars; methods that took no step have none."""
+    shown = [line for line in found if line.measured]
+    parts = [components(line.measured[0]) for line in shown]
+    left = [0.0] * len(shown)
+    labels = [line.label for line in shown]
+    for name, color in zip(parts[0] if parts else (), COMPONENT_COLORS, strict=False):
+        widths = [part[name] / MB for part in parts]
+        ax.barh(labels, widths, 0.65, left=left, label=name, color=color)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    ax.invert_yaxis()
+    ax.tick_params(axis="y", labelsize=8)
+    ax.set_xlabel("MB")
+    ax.legend(fontsize=7)
+
+
+def draw_search(ax: Any, found: list[Line]) -> None:
+    """Final perplexity over the factor on the stored rates; crosses at the top: diverged or failed."""
+    for number, label in enumerate(dict.fromkeys(line.label for line in found)):
+        entries = [(line.rows[0].factor or 0.0, line) for line in found if line.label == label]
+        entries.sort(key=lambda entry: entry[0])
+        points = [(factor, value) for factor, line in entries for value in line.values(perplexity).values()]
+        if points:
+            ax.plot(*zip(*points, strict=True), "o", markersize=4, label=label, **style(number))
+            factor, value = min(points, key=lambda point: point[1])
+            ax.plot(factor, value, "*", markersize=12, color=f"C{number % 10}")
+        lost = [factor for factor, line in entries if line.runs and not line.done]
+        shift = 0.97 - 0.03 * number
+        ax.plot(lost, [shift] * len(lost), "X", color=f"C{number % 10}", transform=ax.get_xaxis_transform())
+    factors = sorted({line.rows[0].factor or 0.0 for line in found})
+    ax.set(xscale="log", yscale="log", xlabel="factor on the stored rates", ylabel="held-out perplexity at the end")
+    ax.set_xticks(factors, [f"{factor:g}" for factor in factors])
+    ax.minorticks_off()
+    plain_ticks(ax.yaxis)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=7, ncols=2)

@@ -1,0 +1,530 @@
+"""What `tools/compare.py` compares: methods, shapes, learning rates, ablations; and which runs that makes, in order.
+
+A suite is data. `rows` turns it, the data sets and the results so far into the rows of the report, each with the run
+(`compare_run.Spec`) that it needs, most useful first. Runs that depend on a learning-rate search have none until that
+search is over; equal runs of several rows are one run. `key` names a run's directory: the same for the same run, also
+where the data lies elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from compare_run import Spec, setup_of
+from rivals import options_of, parse
+
+from loqt_ds.config import Config, load_config
+from loqt_ds.data.files import check_files, resolve_paths
+
+Result = dict[str, Any]
+
+STDLIB = "stdlib"  # the data set that every user has: Python's standard library
+VALIDATION_FRACTION = 0.08  # of documents, where a data set names no files to validate on
+
+# Peak learning rates: (of the adapted weights or what takes their place, of embeddings, norms and head).
+Rates = Mapping[str, tuple[float, float]]
+RATES: Rates = {
+    "adamw": (4e-3, 4e-3),
+    "adamw8bit": (4e-3, 4e-3),
+    "galore": (1e-2, 4e-3),
+    "qgalore": (1e-2, 4e-3),
+    "apollo": (1e-2, 4e-3),
+    "apollomini": (1e-2, 4e-3),
+    "lora": (4e-3, 4e-3),
+    "qlora": (4e-3, 4e-3),
+    "loftq": (4e-3, 4e-3),
+    "relora": (4e-3, 4e-3),
+    "loqt": (1e-2, 4e-3),
+    "loqtnq": (1e-2, 4e-3),
+}
+# The published rates of the shapes that the papers train; the rest is RATES'.
+PUBLISHED: Rates = {
+    "adamw": (1e-3, 1e-3),
+    "adamw8bit": (1e-3, 1e-3),
+    "lora": (1e-3, 1e-3),
+    "qlora": (1e-3, 1e-3),
+    "loftq": (1e-3, 1e-3),
+    "relora": (1e-3, 1e-3),
+    "galore": (1e-2, 1e-2),
+    "qgalore": (1e-2, 1e-2),
+    "apollo": (1e-2, 1e-2),
+    "apollomini": (1e-2, 1e-2),
+    "loqt": (1e-2, 1e-2),
+    "loqtnq": (1e-2, 1e-2),
+}
+RATES_OF_SHAPE: Mapping[str, Rates] = {"llama_60m": PUBLISHED, "llama_130m": PUBLISHED}
+
+
+def rates(method: str, shape: str) -> tuple[float, float]:
+    """The stored rates of a method: its own, with its options, else those of its family.
+
+    Raises ValueError for a method without any.
+    """
+    family = parse(method)[0]
+    plain = re.sub(r"^(loqtnq|loqt).*", r"\1", family)  # loqt8bit and loqtcard are LoQT
+    for table in (RATES_OF_SHAPE.get(shape, {}), RATES):
+        for name in (method, family, plain):
+            if name in table:
+                return table[name]
+    raise ValueError(f"method {method!r} has no stored learning rate; there is one for {', '.join(RATES)}")
+
+
+# ---------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A name, and the options of a run that say what is read."""
+
+    name: str
+    options: tuple[str, ...] = ()
+
+
+def data_set(text: str) -> DataSet:
+    """NAME=TRAIN[,TRAIN...][:VALIDATION], or stdlib. Raises ValueError for what cannot be read (DataError is one)."""
+    if text == STDLIB:
+        return DataSet(STDLIB)
+    name, equals, paths = text.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or name == STDLIB:
+        raise ValueError(
+            f"--data {text}: give NAME=FILE[,FILE...][:VALIDATION_FILE] with a name of letters, digits, _ . or -, "
+            f"such as c4=../data/c4/*.jsonl.gz; or {STDLIB} alone, Python's own source"
+        )
+    train, colon, held_out = paths.partition(":")
+    options = [f"data.path={files(train, text)}"]
+    if colon:
+        options.append(f"data.validation_path={files(held_out, text)}")
+    else:
+        options.append(f"data.validation_fraction={VALIDATION_FRACTION}")
+    return DataSet(name, tuple(options))
+
+
+def files(paths: str, text: str) -> str:
+    """The files that are named, separated by commas, as a list of absolute paths in JSON."""
+    found = resolve_paths([part for part in paths.split(",") if part], f"--data {text}: path", say=print)
+    check_files(found, "text", f"--data {text}: path")
+    return json.dumps([str(path.resolve()) for path in found])
+
+
+def data_sets(texts: Sequence[str], suite: Suite) -> list[DataSet]:
+    """The data sets of a command line. Raises ValueError for names given twice, and where a suite needs more."""
+    found = [data_set(text) for text in texts or [STDLIB]]
+    names = [data.name for data in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"--data: the name {twice[0]} is given twice; every data set needs a name of its own")
+    if len(found) < suite.num_data:
+        raise ValueError(
+            f"--suite {suite.name} wants {suite.num_data} data sets and has {', '.join(names)}; give more, such as "
+            f"--data c4=c4/*.jsonl.gz --data wiki=train.jsonl.gz:valid.jsonl.gz ({STDLIB} alone is Python's own source)"
+        )
+    return found
+
+
+# ---------------------------------------------------------------- suites
+
+
+@dataclass(frozen=True)
+class Variant:
+    """LoQT with other options, held against LoQT as it is shipped.
+
+    group: what the variants of one table differ in. options: of a run, and candidates (`candidate.NAME=VALUE`).
+    method: instead of LoQT. rank: as a factor on the suite's. changes: of other fields of `Spec`.
+    """
+
+    group: str
+    label: str
+    options: tuple[str, ...] = ()
+    method: str = "loqt"
+    rank: float = 1.0
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    def contender(self, rank: int) -> str:
+        """Its name; options that are shipped anyway are left out, so that the shipped one is trained once."""
+        full = self.method if self.method in ("adamw", "adamw8bit") else f"{self.method}:{round(self.rank * rank)}"
+        return "+".join([full, *(option for option in self.options if not is_shipped(option))])
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What one command compares.
+
+    scales: (shape, rank of all methods that have one). methods: contenders' names, with {rank} and {tenth} (of the
+    steps) in them. search: factors on the stored rates that are tried with seed 0 on the first data set; none: the
+    stored rates. variants_on: data sets that the variants are run on; None: all. memory: what is drawn as components of
+    memory, and on which shape, with which rank. vocabulary: of the tokenizer that is trained on each data set.
+    """
+
+    name: str
+    scales: tuple[tuple[str, int], ...]
+    methods: tuple[str, ...]
+    spec: Mapping[str, Any]
+    seeds: int
+    search: tuple[float, ...] = ()
+    variants: tuple[Variant, ...] = ()
+    variants_on: int | None = None
+    memory: tuple[Variant, ...] = ()
+    memory_scale: tuple[str, int] = ("llama_60m", 128)
+    vocabulary: int = 4096
+    num_data: int = 1
+    jobs: int = 2
+
+    @property
+    def steps(self) -> int:
+        return int(self.spec["steps"])
+
+    def contenders(self, rank: int) -> list[str]:
+        return [method.format(rank=rank, tenth=round(0.1 * self.steps)) for method in self.methods]
+
+
+ALL_METHODS = (  # those first that say most
+    "adamw",
+    "loqt:{rank}",
+    "qlora:{rank}",
+    "loqtnq:{rank}",
+    "adamw8bit",
+    "galore:{rank}",
+    "qgalore:{rank}",
+    "apollo:{rank}",
+    "apollomini",
+    "lora:{rank}",
+    "loftq:{rank}",
+    "relora:{rank}",
+    "relora:{rank}+start={tenth}",
+)
+
+
+def values(group: str, option: str, *of: str) -> list[Variant]:
+    """A variant for each value of an option."""
+    return [Variant(group, value, (f"{option}={value}",)) for value in of]
+
+
+NEITHER = ("loqt.compensation_steps=0", "loqt.schedule=static")
+PAPER = "The paper's two ideas"  # whose table tells how much of the gap to no quantization each closes
+FORMAT = "Format of W and P"
+SUBSPACE = "Subspace P"
+ABLATIONS = (
+    Variant(PAPER, "neither", NEITHER),
+    Variant(PAPER, "compensation", NEITHER[1:]),
+    Variant(PAPER, "growing intervals", NEITHER[:1]),
+    Variant(PAPER, "both"),
+    Variant(PAPER, "no quantization", method="loqtnq"),
+    *values("Iterations of compensation", "loqt.compensation_steps", "0", "1", "5"),
+    *values("Quantization of P", "loqt.quantize_p", "nf4", "none"),
+    *(
+        Variant("Format of W and P", v, (f"loqt.quantize_w={v}", f"loqt.quantize_p={v}"))
+        for v in ("nf4", "fp4", "int4")
+    ),
+    *values("Double quantization", "loqt.double_quant", "none", "w", "p", "both"),
+    *values("Schedule of re-initializations", "loqt.schedule", "exponential", "static"),
+    *(Variant("Rank", label, rank=rank) for label, rank in (("half", 0.5), ("as shipped", 1.0), ("twice", 2.0))),
+    *values("Adam's moments of B at a re-initialization", "loqt.optimizer_state", "keep", "reset", "project"),
+    Variant(SUBSPACE, "exact", ("loqt.subspace=exact",)),
+    Variant(SUBSPACE, "sketch", ("loqt.subspace=sketch",)),
+    Variant(SUBSPACE, "sketch, Gaussian columns only", ("loqt.subspace=sketch", "candidate.sketch=gauss")),
+    Variant(SUBSPACE, "sketch seeded from B's moment", ("loqt.subspace=sketch", "candidate.sketch=moment")),
+    *values("Optimizer", "optim.name", "adamw8bit", "adamw"),
+)
+
+# Clipping by the norm of all gradients is not possible in layer-wise updates.
+LAYERWISE = ("optim.layerwise=true", "train.max_grad_norm=null", "train.max_grad_norm_per_parameter=1.0")
+ADAM_32 = ("optim.name=adamw",)
+COMPONENTS = "Components of memory"
+MEMORY_COMPONENTS = (
+    Variant(COMPONENTS, "full rank, AdamW", method="adamw"),
+    Variant(COMPONENTS, "full rank, 8-bit Adam", method="adamw8bit"),
+    Variant(COMPONENTS, "GaLore", method="galore"),
+    Variant(COMPONENTS, "LoQT, AdamW", ADAM_32),
+    Variant(COMPONENTS, "LoQT, 8-bit Adam", ("optim.name=adamw8bit",)),
+    Variant(COMPONENTS, "LoQT, AdamW, layer-wise", (*ADAM_32, *LAYERWISE)),
+    Variant(COMPONENTS, "LoQT, 8-bit Adam, layer-wise", ("optim.name=adamw8bit", *LAYERWISE)),
+)
+MEMORY_SPEC = {"steps": 4, "interval": 2, "rows": 4, "eval_every": 4, "eval_tokens": 1024, "final_tokens": 1024}
+
+# What may become a default: tried on two data sets and with three seeds (benchmarks/DEFAULTS.md).
+CANDIDATES = (
+    *values("Adam's moments of B at a re-initialization", "loqt.optimizer_state", "keep", "reset", "project"),
+    *values("Scale alpha", "loqt.alpha", "0.25", "0.5", "1.0"),
+    *values("Iterations of compensation", "loqt.compensation_steps", "0", "1", "5"),
+    *values("Error feedback", "candidate.error_feedback", "nf4", "fp32"),
+    *values("Stochastic rounding of W", "candidate.stochastic", "1"),
+    *values("Compensation weighted by Fisher information", "candidate.fisher", "g", "x"),
+    *values("Scales of blocks", "candidate.absmax", "search"),
+    *values("Steps behind the gradient of P", "candidate.denoise", "4"),
+    *(Variant("Sketch", v, ("loqt.subspace=sketch", f"candidate.sketch={v}")) for v in ("gauss", "moment")),
+    *values("When to re-initialize: part of the energy still captured", "candidate.criterion", "0.9"),
+    *values("Adam's moments, more ways", "candidate.momentum", "transport", "second"),
+    *values("Vectors of P", "candidate.basis", "sample"),
+    *values("P aligned with the one before", "candidate.align", "1"),
+)
+
+SMALL = {"steps": 400, "interval": 40, "eval_every": 50}
+SUITES = {
+    suite.name: suite
+    for suite in (
+        Suite("small", (("llama_2m", 32),), ALL_METHODS, SMALL, seeds=1),
+        Suite(
+            "full",
+            (("llama_7m", 64),),
+            ALL_METHODS,
+            {"steps": 1000, "interval": 50, "eval_every": 100},
+            seeds=3,
+            search=(1.0, 0.5, 2.0, 0.25),
+            variants=ABLATIONS,
+            variants_on=1,
+            memory=MEMORY_COMPONENTS,
+            num_data=2,
+        ),
+        Suite(
+            "defaults",
+            (("llama_2m", 32),),
+            ("adamw", "loqt:{rank}", "loqtnq:{rank}", "qgalore:{rank}", "qlora:{rank}"),
+            SMALL,
+            seeds=3,
+            variants=CANDIDATES,
+            num_data=2,
+        ),
+        Suite(
+            "gpu",
+            (("llama_60m", 128), ("llama_130m", 256)),
+            ALL_METHODS,
+            {"steps": 2000, "interval": 100, "eval_every": 200, "rows": 64, "dtype": "bf16", "device": "cuda"}
+            | {"eval_tokens": 131072},
+            seeds=1,
+            vocabulary=32000,
+            jobs=1,
+        ),
+    )
+}
+
+
+@cache
+def shipped(option: str) -> Any:
+    """The value that an option of a run has where nobody gives it."""
+    section, _, name = option.partition(".")
+    return getattr(getattr(Config(), section), name)
+
+
+@cache
+def is_shipped(option: str) -> bool:
+    """Whether an option, NAME=VALUE, is as shipped. Candidates never are."""
+    name, _, _ = option.partition("=")
+    if name.startswith("candidate."):
+        return False
+    section, _, inner = name.partition(".")
+    given = load_config(None, ["model.shape=llama_2m", option])
+    return bool(getattr(getattr(given, section), inner) == shipped(name))
+
+
+def with_optimizer(method: str) -> str:
+    """LoQT's name with the shipped optimizer, where it names none."""
+    if not parse(method)[0].startswith("loqt") or any(
+        option.startswith("optim.name=") for option in options_of(method)
+    ):
+        return method
+    return f"{method}+optim.name={shipped('optim.name')}"
+
+
+def check(method: str, suite: Suite) -> None:
+    """Raises ValueError for a method that does not exist, or whose options do not."""
+    for shape, _ in suite.scales:
+        lr, lr_full_rank = rates(method, shape)
+        spec = Spec(with_optimizer(method), (), lr, lr_full_rank, **{**suite.spec, "shape": shape, "device": "cpu"})
+        if not parse(method)[0].startswith("loqt"):
+            continue
+        options = [option for option in options_of(spec.method) if not option.startswith("candidate.")]
+        setup_of(spec, suite.vocabulary).config(*options)
+        check_candidates(options_of(spec.method))
+
+
+def check_candidates(options: Sequence[str]) -> None:
+    """Raises ValueError for a candidate that there is not."""
+    prefix = "candidate."
+    chosen = dict(option.removeprefix(prefix).split("=", 1) for option in options if option.startswith(prefix))
+    if chosen:
+        import candidates
+
+        candidates.check(chosen)
+
+
+def check_all(suite: Suite) -> None:
+    """Raises ValueError for a method or variant of a suite that cannot be run."""
+    for _, rank in suite.scales:
+        for method in [*suite.contenders(rank), *(variant.contender(rank) for variant in suite.variants)]:
+            check(method, suite)
+
+
+# ---------------------------------------------------------------- a run's name
+
+
+def portable(option: str) -> str:
+    """An option of the data with the names and sizes of files in place of their paths."""
+    name, _, value = option.partition("=")
+    if name not in ("data.path", "data.validation_path"):
+        return option
+    return f"{name}={[[Path(file).name, Path(file).stat().st_size] for file in json.loads(value)]}"
+
+
+@cache
+def shipped_digest() -> dict[str, Any]:
+    """What LoQT does where nobody says otherwise; options that are off are left out, so that a new one, off, changes
+    nothing."""
+    config = Config()
+    both = {"loqt": asdict(config.loqt), "optim": asdict(config.optim)}
+    return {f"{s}.{name}": v for s, section in both.items() for name, v in section.items() if v not in (None, False, 0)}
+
+
+@cache
+def key(spec: Spec) -> str:
+    """The name of a run's directory: readable, and a hash of all that the run depends on.
+
+    A field of Spec that has its default is left out of the hash, so that a new field changes no name.
+    """
+    said = {
+        item.name: getattr(spec, item.name)
+        for item in fields(Spec)
+        if item.default is MISSING or getattr(spec, item.name) != item.default
+    }
+    said["data"] = [portable(option) for option in spec.data]
+    if Path(spec.shape).is_file():
+        said["shape"] = Path(spec.shape).read_text()
+    if parse(spec.method)[0].startswith("loqt"):
+        said["shipped"] = shipped_digest()
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:10]
+    readable = f"{Path(spec.shape).stem}-{spec.method}-{spec.lr:g}-{spec.seed}"
+    return f"{re.sub(r'[^A-Za-z0-9.=-]+', '_', readable)[:90]}-{digest}"
+
+
+# ---------------------------------------------------------------- rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run's place in the report.
+
+    part: search, method, variant or memory. group: of a variant. label: the contender's name, or the variant's.
+    contender: without the optimizer that is shipped. data: the data set's name. factor: on the stored rates. spec:
+    None where a search must end first.
+    """
+
+    part: str
+    group: str
+    label: str
+    contender: str
+    data: str
+    shape: str
+    seed: int
+    factor: float | None
+    spec: Spec | None
+
+    @property
+    def key(self) -> str | None:
+        return None if self.spec is None else key(self.spec)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a search came to. factor: the best, or None: no rate trained to the end. is_open: runs are missing."""
+
+    factor: float | None
+    is_open: bool = False
+
+
+def final_loss(result: Result | None) -> float | None:
+    """Held-out loss at the end; None where a run has none."""
+    return result["final"]["loss"] if result is not None and result["status"] == "done" else None
+
+
+def choose(found: Iterable[tuple[float, Result | None]]) -> Choice:
+    """The factor with the lowest held-out loss of a search's (factor, result)."""
+    entries = list(found)
+    if any(result is None for _, result in entries):
+        return Choice(None, is_open=True)
+    done = [(loss, factor) for factor, result in entries if (loss := final_loss(result)) is not None]
+    return Choice(min(done)[1] if done else None)
+
+
+class Plan:
+    """The rows of one suite on some data sets."""
+
+    def __init__(self, suite: Suite, data: Sequence[DataSet]) -> None:
+        self.suite, self.data = suite, list(data)
+
+    def rows(self, results: Mapping[str, Result]) -> list[Row]:
+        """All rows, in the order in which their runs are started."""
+        return [row for scale in self.suite.scales for row in self._of_scale(*scale, results)]
+
+    def _of_scale(self, shape: str, rank: int, results: Mapping[str, Result]) -> Iterator[Row]:
+        methods = self.suite.contenders(rank)
+        choices = {}
+        for method in methods:
+            rows = [self._search_row(method, shape, factor) for factor in self.suite.search]
+            yield from rows
+            choices[method] = choose([(row.factor or 1.0, results.get(row.key or "")) for row in rows])
+        if not self.suite.search:
+            choices = {method: Choice(1.0) for method in methods}
+        for seed in range(self.suite.seeds):
+            for data in self.data:
+                for method in methods:
+                    choice = choices[method]
+                    # what no rate could train is shown once, with the stored one
+                    if choice.factor is not None or choice.is_open or (seed == 0 and data is self.data[0]):
+                        yield self._row("method", method, method, data, shape, seed, choice)
+        if shape == self.suite.scales[0][0]:
+            yield from self._memory_rows()
+        yield from self._variant_rows(shape, rank, choices)
+
+    def _variant_rows(self, shape: str, rank: int, choices: Mapping[str, Choice]) -> Iterator[Row]:
+        for seed in range(self.suite.seeds):
+            for data in self.data[: self.suite.variants_on]:
+                for variant in self.suite.variants:
+                    contender = variant.contender(rank)
+                    family = parse(contender)[0]
+                    # rates are those of the method of the same family and rank, where the suite has searched them
+                    of = [method for method in choices if parse(method)[0] == family]
+                    choice = choices[of[0]] if of else Choice(1.0)
+                    if choice.factor is None and not choice.is_open:
+                        choice = Choice(1.0)
+                    yield self._row(
+                        "variant", contender, variant.label, data, shape, seed, choice, variant.group, variant.changes
+                    )
+
+    def _memory_rows(self) -> Iterator[Row]:
+        shape, rank = self.suite.memory_scale
+        for variant in self.suite.memory:
+            contender = variant.contender(rank)
+            changes = MEMORY_SPEC | dict(variant.changes)
+            args = (contender, variant.label, self.data[0], shape, 0, Choice(1.0), variant.group, changes)
+            yield self._row("memory", *args)
+
+    def _search_row(self, method: str, shape: str, factor: float) -> Row:
+        return self._row("search", method, method, self.data[0], shape, 0, Choice(factor))
+
+    def _row(
+        self,
+        part: str,
+        contender: str,
+        label: str,
+        data: DataSet,
+        shape: str,
+        seed: int,
+        choice: Choice,
+        group: str = "",
+        changes: Mapping[str, Any] | None = None,
+    ) -> Row:
+        if choice.is_open:
+            return Row(part, group, label, contender, data.name, shape, seed, None, None)
+        factor = 1.0 if choice.factor is None else choice.factor
+        lr, lr_full_rank = (float(f"{factor * rate:.6g}") for rate in rates(contender, shape))
+        # the tokenizer is each data set's own
+        options = (*data.options, f"data.tokenizer_vocab_size={self.suite.vocabulary}")
+        content = {"lr": lr, "lr_full_rank": lr_full_rank, **self.suite.spec, **(changes or {})}
+        spec = Spec(with_optimizer(contender), options, seed=seed, shape=shape, **content)
+        return Row(part, group, label, contender, data.name, shape, seed, factor, spec)
