@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from loqt_ds.core.compensation import merge, solve_factor
-from loqt_ds.core.quantization import BLOCKSIZE, QuantSpec, dequantize
+from loqt_ds.core.quantization import BLOCKSIZE, QuantSpec, dequantize, quantize
 
 CLIPPING = tuple(1.0 - 0.2 * i / 7 for i in range(8))  # of absmax, for the scale of a block; ties take the larger
 DAMPING = 1e-3  # added to an importance whose mean is 1: no row or column counts for nothing
@@ -111,6 +111,9 @@ class Grid:
         return (blocks / torch.where(scales > 0, scales, 1.0)[:, None]).clamp_(-1.0, 1.0)
 
     def _round(self, blocks: Tensor, scales: Tensor) -> Tensor:
+        if self.blocksize == BLOCKSIZE:  # by the product's look-up, which is faster; what is clipped has such a scale
+            spec, clipped = QuantSpec(self.kind), blocks.clamp(-scales[:, None], scales[:, None])
+            return dequantize(quantize(clipped, spec), (clipped.shape[0], BLOCKSIZE), spec)
         table = levels(self.kind, blocks.device)
         nearest = torch.bucketize(self._fractions(blocks, scales), (table[1:] + table[:-1]) / 2)
         return table[nearest] * scales[:, None]
