@@ -123,7 +123,9 @@ class LoQT:
     """What `loqt_ds.run` builds of a configuration, and one step after another of its engine on one device."""
 
     def __init__(self, name: str, setup: Setup, *options: str) -> None:
-        candidates = candidates_of(name)
+        wanted = candidates_of(name)
+        if wanted:
+            importlib.import_module("candidates").check(wanted)
         self.name, self.setup, self.device = name, setup, torch.device(setup.device)
         config, description = setup.config(*setup.schedule(), *options), setup.description()
         config = resolve_activations(config, description, self.device, None, ALONE, None)
@@ -134,13 +136,13 @@ class LoQT:
         engine = build_engine(config, model, None, original, ALONE)
         assert isinstance(engine, SingleEngine)
         self.engine = engine
-        if candidates:
-            importlib.import_module("candidates").install(engine, candidates)
         self._on_demand: OnDemand | None = None
         if setup.interval is None:
             self._on_demand = OnDemand("never", 1, 1.0)
             engine.controller.schedule = self._on_demand
             self._on_demand.asked[0] = True
+        if wanted:
+            importlib.import_module("candidates").install(engine, wanted)
 
     def step(self, batch: dict[str, Tensor], *, refresh: bool = False) -> Taken:
         if self._on_demand is not None and self.engine.step_index:
@@ -171,6 +173,8 @@ class LoQT:
             shown = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
             saved = self.engine.saved_tensors()["optimizer"].values()
             states = size(tensor for tensor in saved if tensor.untyped_storage().data_ptr() not in shown)
+        if candidates_of(self.name):  # which may keep residuals
+            states += self.engine.controller.num_bytes()  # type: ignore[attr-defined]
         return {"weights": model_bytes(self.model), "states": states}
 
     def num_trained(self) -> int:
@@ -246,6 +250,7 @@ def parse(name: str) -> tuple[str, int | None]:
         start_of(name)
     elif options_of(name) and method not in LOQT_OPTIONS:
         raise ValueError(f"contender {name!r}: {method} takes no options of a run; leave out what follows the +")
+    candidates_of(name)
     return method, int(rank) if rank else None
 
 

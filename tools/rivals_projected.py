@@ -291,6 +291,7 @@ class QGaLore(Projected):
 def qgalore(name: str, setup: Setup, rank: int | None) -> Rival:
     """The package's optimizer on the linears that LoQT adapts, with INT8 weights; the rest is trained by 8-bit Adam."""
     assert rank is not None
+    imported("q_galore_torch", "q-galore-torch")
     make = qgalore_optimizer()
     projector = imported("q_galore_torch.q_galore_projector", "q-galore-torch").GaLoreProjector
     check_rank(name, setup, rank)

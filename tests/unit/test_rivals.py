@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,46 +10,35 @@ from typing import Any
 
 import pytest
 import torch
+from small_rivals import (
+    ADAPTERS,
+    HIDDEN,
+    INTERMEDIATE,
+    LAYERS,
+    MATRICES,
+    OTHERS,
+    PACKAGES,
+    VOCABULARY,
+    batch_of,
+    build,
+    modules,
+    write_shape,
+)
 from torch import Tensor, nn
 
-HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = (
-    64,
-    128,
-    2,
-    131,
-)  # widths of whole blocks: bitsandbytes' CPU kernel errs on others
-MATRICES = LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE)
-OTHERS = 2 * VOCABULARY * HIDDEN + (2 * LAYERS + 1) * HIDDEN
-PACKAGES = {"galore": "galore_torch", "apollo": "apollo_torch", "qlora": "peft"}
+OURS = ("loqt:8", "loqt8bit:8", "loqtnq:8", "loqtcard:8")
+PROJECTED = ("galore:8", "qgalore:8", "apollo:8", "apollomini")
+ADAPTED = ("lora:8", "qlora:8", "loftq:8", "relora:8")
 
 
 @pytest.fixture(scope="module")
 def rivals(repository: Path) -> Iterator[Any]:
-    sys.path.insert(0, str(repository / "tools"))
-    yield importlib.import_module("rivals")
-    sys.path.remove(str(repository / "tools"))
-    del sys.modules["rivals"]
+    yield from modules(repository)
 
 
 @pytest.fixture(scope="module")
 def shape(tmp_path_factory: pytest.TempPathFactory) -> str:
-    content = {"model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS}
-    content |= {"intermediate_size": INTERMEDIATE, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
-    file = tmp_path_factory.mktemp("shape") / "tiny.json"
-    file.write_text(json.dumps(content | {"max_position_embeddings": 64, "tie_word_embeddings": False}))
-    return str(file)
-
-
-def batch_of(seed: int, rows: int = 3, length: int = 17) -> dict[str, Tensor]:
-    ids = torch.randint(0, VOCABULARY, (rows, length + 1), generator=torch.Generator().manual_seed(seed))
-    return {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}
-
-
-def build(rivals: Any, name: str, shape: str, **options: Any) -> Any:
-    package = PACKAGES.get(name.partition(":")[0])
-    if package is not None:
-        pytest.importorskip(package, reason="the compare extra is not installed")
-    return rivals.build(name, rivals.Setup(shape, rows=3, length=17, **options))
+    return write_shape(tmp_path_factory.mktemp("shape"))
 
 
 def test_full_rank_is_stock_training(rivals: Any, shape: str) -> None:
@@ -68,9 +56,7 @@ def test_full_rank_is_stock_training(rivals: Any, shape: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize(
-    "name", ["adamw", "adamw8bit", "galore:8", "apollo:8", "qlora:8", "loqt:8", "loqt8bit:8", "loqtcard:8"]
-)
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", *PROJECTED, *ADAPTED, *OURS])
 def test_all_learn_the_same_batch(rivals: Any, shape: str, name: str, dtype: str) -> None:
     contender = build(rivals, name, shape, dtype=dtype, lr=3e-3)
     batch = batch_of(0)
@@ -85,14 +71,88 @@ def test_all_learn_the_same_batch(rivals: Any, shape: str, name: str, dtype: str
         assert found["weights"] == pytest.approx(e * (MATRICES + OTHERS), rel=0.001)
         assert taken[-1].gradients == e * (MATRICES + OTHERS)
         assert found["states"] == pytest.approx(2 * e * (MATRICES + OTHERS), rel=0.01)
-    elif name in ("qlora:8", "loqt:8"):
+    elif name in ("qlora:8", "loftq:8", "loqt:8"):
         assert found["weights"] < e * (MATRICES / 2 + 2 * OTHERS)
         assert taken[-1].gradients < e * (MATRICES / 2 + OTHERS)
     elif name == "loqtcard:8":
         assert taken[-1].gradients == 0, "updated and freed inside the backward"
+    if name == "qgalore:8":  # a byte for each weight, and a scale and a zero point for each 256
+        assert found["weights"] == pytest.approx(MATRICES * (1 + 2 * e / 256) + e * OTHERS, rel=0.002)
+    if name in ADAPTED:
+        assert contender.num_trained() == OTHERS + 8 * ADAPTERS
+    elif name not in OURS:
+        assert contender.num_trained() == MATRICES + OTHERS and taken[-1].gradients == e * (MATRICES + OTHERS)
 
 
-@pytest.mark.parametrize("name", ["galore:8", "apollo:8"])
+def test_all_start_from_the_same_weights(rivals: Any, shape: str) -> None:
+    losses = {name: build(rivals, name, shape, seed=5).step(batch_of(0)).loss for name in ("adamw", *PROJECTED[2:])}
+    losses |= {name: build(rivals, name, shape, seed=5).step(batch_of(0)).loss for name in ("lora:8", "loqtnq:8")}
+    assert max(losses.values()) - min(losses.values()) < 1e-5, losses
+    assert abs(build(rivals, "adamw", shape, seed=6).step(batch_of(0)).loss - losses["adamw"]) > 1e-3
+    # The same draw of W, and the same rounding to NF4, double quantization of the scales but for.
+    quantized = [build(rivals, name, shape, seed=5).step(batch_of(0)).loss for name in ("qlora:8", "loqt:8")]
+    assert quantized[0] == pytest.approx(quantized[1], abs=3e-4)
+    assert abs(quantized[1] - losses["adamw"]) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", *PROJECTED, *ADAPTED])
+@pytest.mark.parametrize("still", ["matrices", "others"])
+def test_the_rest_of_the_model_has_its_own_rate(rivals: Any, shape: str, name: str, still: str) -> None:
+    """What has a rate of almost nothing does not move."""
+    rates = {"lr": 1e-15, "lr_full_rank": 1e-2} if still == "matrices" else {"lr": 1e-2, "lr_full_rank": 1e-15}
+    contender = build(rivals, name, shape, **rates)
+
+    def look() -> tuple[list[Tensor], list[Tensor]]:
+        parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for path, parameter in contender.model.named_parameters():
+            is_other = any(part in path for part in ("embed", "norm", "lm_head"))
+            value = parameter.data
+            if value.dtype == torch.uint8 and hasattr(parameter, "scales"):
+                value = contender.model.get_submodule(path.removesuffix(".weight")).dequantized(torch.float32)
+            parts[is_other].append(value.clone())
+        return parts
+
+    before = look()
+    for number in range(2):
+        contender.step(batch_of(number))
+    moved = [
+        max((a.float() - b.float()).abs().max().item() for a, b in zip(*two, strict=True))
+        for two in zip(before, look(), strict=True)
+    ]
+    quiet, loud = moved if still == "matrices" else moved[::-1]
+    assert loud > 1e-3
+    assert quiet < (2e-3 if name == "qgalore:8" and still == "matrices" else 1e-9), "INT8 is rounded by chance"
+
+
+def test_the_rate_follows_the_cosine(rivals: Any, shape: str) -> None:
+    contender = build(rivals, "galore:8", shape, lr=0.2, lr_full_rank=0.1, max_steps=20)
+    seen = []
+    for number in range(20):
+        contender.step(batch_of(number))
+        seen.append([group["lr"] for group in contender.optimizer.param_groups])
+    falling = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * k / 18)) for k in range(18)]
+    for (others, matrices), factor in zip(seen, [0.5, 1.0, *falling], strict=True):
+        assert (others, matrices) == pytest.approx((0.1 * factor, 0.2 * factor))
+
+
+@pytest.mark.parametrize("name", ["adamw", "qgalore:8", "lora:8"])
+def test_gradients_are_clipped_together(rivals: Any, shape: str, name: str) -> None:
+    contender = build(rivals, name, shape, max_grad_norm=0.01)
+    seen: list[float] = []
+    update = contender.update
+
+    def spy() -> Any:
+        gradients = [getattr(p, "float_grad", p.grad) for p in contender.trained()]
+        seen.append(math.sqrt(sum(float(g.double().square().sum()) for g in gradients)))
+        return update()
+
+    contender.update = spy
+    for number in range(2):
+        contender.step(batch_of(number))
+    assert seen == pytest.approx([0.01, 0.01], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", PROJECTED)
 def test_projections_are_renewed_when_asked(rivals: Any, shape: str, name: str) -> None:
     contender = build(rivals, name, shape)
     assert not list(contender._projectors())
@@ -113,7 +173,7 @@ def test_projections_are_renewed_when_asked(rivals: Any, shape: str, name: str) 
     assert all(torch.equal(a, b) for a, b in zip(second, bases(), strict=True))
 
 
-@pytest.mark.parametrize("name", ["galore:8", "apollo:8"])
+@pytest.mark.parametrize("name", PROJECTED)
 def test_a_large_model_has_projections_from_the_start(rivals: Any, shape: str, name: str) -> None:
     contender = build(rivals, name, shape, is_large=True)
     before = {id(p): projector.ortho_matrix for p, projector in contender._projectors()}
@@ -183,13 +243,37 @@ def test_a_shape_can_have_other_layers(rivals: Any, shape: str) -> None:
     assert len(rivals.build("adamw", setup).model.model.layers) == 5
 
 
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("galore", "needs a rank, such as galore:128"),
+        ("apollomini:4", "takes no rank"),
+        ("lora:x", "give a positive number"),
+        ("lora:8+start=3", "takes no options of a run"),
+        ("relora:8+stop=3", "one option is start=STEPS"),
+        ("relora:8+start=soon", "one option is start=STEPS"),
+        ("loqt:8+candidate.stochastic", r"write candidate\.stochastic=VALUE"),
+        ("galor:8", "there is no method 'galor'"),
+    ],
+)
+def test_a_name_that_says_nothing_is_refused(rivals: Any, name: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        rivals.parse(name)
+
+
+@pytest.mark.parametrize("name", ["galore:65", "qgalore:65", "apollo:65", "lora:65", "loftq:65", "relora:65"])
+def test_a_rank_that_no_matrix_has_is_refused(rivals: Any, shape: str, name: str) -> None:
+    with pytest.raises(ValueError, match=r"the rank is 65, but model\.layers\.0.*; give at most 64"):
+        build(rivals, name, shape)
+
+
 @pytest.mark.parametrize(("name", "package"), PACKAGES.items())
 def test_a_rival_that_is_not_installed_says_what_to_install(
     rivals: Any, shape: str, name: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(rivals.MissingPackage, match=r"not installed.*pip install -e '\.\[compare\]'"):
-        rivals.build(f"{name}:8", rivals.Setup(shape, length=17))
+        rivals.build(name if name == "apollomini" else f"{name}:8", rivals.Setup(shape, length=17))
 
 
 def test_text_is_shifted_by_one_and_differs_from_step_to_step(rivals: Any) -> None:
