@@ -3,8 +3,8 @@
     python tools/compare_run.py SPEC.json DIRECTORY [SECONDS]
 
 `compare.py` starts one such process after another. The process writes DIRECTORY/result.json when it is over, however it
-ended, and while it goes on DIRECTORY/progress.json, both whole or not at all. After so many SECONDS it writes
-DIRECTORY/state.pt instead and ends with status 75; the next such process goes on from there, bit for bit.
+ended, and while it goes on DIRECTORY/progress.json, both whole or not at all. After so many SECONDS, or at SIGTERM, it
+writes DIRECTORY/state.pt instead and ends with status 75; the next such process goes on from there, bit for bit.
 
 All runs of a comparison see the same rows in the same order (`loqt_ds.data`, by seed) and are judged by the same
 evaluator (`loqt_ds.evaluation`): the loss per predicted token over whole held-out documents, joined and cut into rows.
@@ -15,10 +15,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -127,8 +129,8 @@ def setup_of(spec: Spec, vocab_size: int) -> Setup:
 class Comparand:
     """A contender on its way through the data."""
 
-    def __init__(self, spec: Spec, directory: Path) -> None:
-        self.spec, self.directory = spec, directory
+    def __init__(self, spec: Spec, directory: Path, pauses: Callable[[], bool] = lambda: False) -> None:
+        self.spec, self.directory, self.pauses = spec, directory, pauses
         self.bundle, vocab_size = open_data(spec)
         self.before = peak_memory_gib(torch.device(spec.device))
         self.contender = build(spec.method, setup_of(spec, vocab_size))
@@ -137,7 +139,6 @@ class Comparand:
         self.seconds, self.refreshes = 0.0, []  # type: tuple[float, list[float]]
         self.gradients = 0
         self.notes: list[str] = []
-        self.until = math.inf  # time.monotonic() at which this process is to pause
 
     def evaluate(self, max_tokens: int | None) -> Evaluation:
         batches = self.bundle.validation.batches(self.spec.rows, max_tokens)
@@ -154,7 +155,7 @@ class Comparand:
             self.curve.append((0, self.evaluate(self.spec.eval_tokens).loss))
         first = self.curve[0][1]
         for step in range(len(self.losses), self.spec.steps):
-            if time.monotonic() > self.until:
+            if self.pauses():
                 self._save()
                 return "paused"
             if not self._step(step, first):
@@ -206,7 +207,7 @@ class Comparand:
         content: dict[str, Any] = {
             "spec": asdict(spec),
             "status": status,
-            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "trained_parameters": self.contender.num_trained(),
             "bytes": self.contender.num_bytes() | {"gradients": self.gradients, "model": model_bytes(model)},
             "peak_memory_gib": peak,
             "memory_before_model_gib": self.before,
@@ -227,16 +228,14 @@ class Comparand:
         return content | {"curve": self.curve, "data": self.bundle.summary}
 
 
-def run(spec: Spec, directory: Path, seconds: float = math.inf) -> dict[str, Any]:
+def run(spec: Spec, directory: Path, pauses: Callable[[], bool] = lambda: False) -> dict[str, Any]:
     """Trains, judges, writes DIRECTORY/result.json, and returns what it says: also of a run that failed.
 
-    After so many seconds it pauses, and returns that; nothing is judged then.
+    `pauses` is asked before every step. Where it says so, the run's state is kept and nothing is judged.
     """
-    until = time.monotonic() + seconds
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        comparand = Comparand(spec, directory)
-        comparand.until = until
+        comparand = Comparand(spec, directory, pauses)
         if (status := comparand.run()) == "paused":
             return {"spec": asdict(spec), "status": status}
         content = comparand.result(status)
@@ -250,9 +249,13 @@ def run(spec: Spec, directory: Path, seconds: float = math.inf) -> dict[str, Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status, one of STATUS."""
     spec_file, directory, *seconds = sys.argv[1:] if arguments is None else arguments
-    content = run(Spec.from_json(Path(spec_file).read_text()), Path(directory), *map(float, seconds))
-    return STATUS[content["status"]]
+    until = time.monotonic() + sum(map(float, seconds), 0.0 if seconds else math.inf)
+    asked = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    spec = Spec.from_json(Path(spec_file).read_text())
+    return STATUS[run(spec, Path(directory), lambda: asked.is_set() or time.monotonic() > until)["status"]]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,133 @@
+"""tools/compare_run.py: one run, however it ends; paused and gone on with, it is the same run."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture(scope="module")
+def compare_run(repository: Path) -> Iterator[Any]:
+    sys.path.insert(0, str(repository / "tools"))
+    yield importlib.import_module("compare_run")
+    sys.path.remove(str(repository / "tools"))
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What all runs here have in common: a small shape and 400 documents of sentences that repeat themselves."""
+    folder = tmp_path_factory.mktemp("compare_run")
+    (folder / "shape.json").write_text(json.dumps(SHAPE))
+    draw = random.Random(5)
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 7))) for _ in range(150)]
+    documents = [{"text": " ".join(draw.choices(words, k=60))} for _ in range(400)]
+    (folder / "text.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    return {
+        "data": (
+            f"data.path={folder}/text.jsonl",
+            "data.tokenizer_vocab_size=300",
+            f"data.cache_dir={folder}/cache",
+            "data.num_processes=1",
+        ),
+        "shape": str(folder / "shape.json"),
+        "rows": 3,
+        "length": 33,
+        "steps": 6,
+        "interval": 2,
+        "eval_every": 3,
+        "eval_tokens": 200,
+        "lr": 1e-2,
+        "lr_full_rank": 3e-3,
+    }
+
+
+def test_a_run_tells_what_it_came_to(compare_run: Any, content: dict[str, Any], tmp_path: Path) -> None:
+    spec = compare_run.Spec("loqt:8", **content)
+    assert compare_run.Spec.from_json(spec.to_json()) == spec
+    compare_run.run(spec, tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["status"] == "done" and len(result["losses"]) == 6
+    assert [tokens for tokens, _ in result["curve"]] == [0, 297, 594]
+    # a model of random weights knows nothing
+    assert result["curve"][0][1] == pytest.approx(math.log(320), rel=0.02)
+    final = result["final"]
+    assert final["num_tokens"] == result["data"]["num_validation_tokens"] - 1  # whole documents, joined
+    batches = math.ceil(final["num_tokens"] / 99)
+    assert final["biased_perplexity"] == pytest.approx(final["perplexity"] ** (batches / (batches + 1)), rel=1e-9)
+    assert result["num_refreshes"] == 2 and result["refresh_seconds"] > 0  # after steps 0 and 3: the gap is 2 + 1
+    factors = 2 * (4 * 64 + 3 * 192) * 8  # B has the larger side
+    assert result["trained_parameters"] == factors + 2 * 320 * 64 + 5 * 64
+
+
+@pytest.mark.parametrize("method", ["adamw", "galore:8", "relora:8", "loqt:8+optim.name=adamw8bit"])
+def test_a_run_that_paused_is_the_same_run(
+    compare_run: Any, content: dict[str, Any], tmp_path: Path, method: str
+) -> None:
+    pytest.importorskip("galore_torch", reason="the compare extra is not installed")
+    pytest.importorskip("peft", reason="the compare extra is not installed")
+    spec = compare_run.Spec(method, **content)
+    straight = compare_run.run(spec, tmp_path / "straight")
+    assert straight["status"] == "done", straight
+    for _ in range(5):
+        asked = iter([False, True])  # one step each time
+        assert compare_run.run(spec, tmp_path / "paused", asked.__next__)["status"] == "paused"
+        assert not (tmp_path / "paused/result.json").exists()
+    result = compare_run.run(spec, tmp_path / "paused")
+    assert not (tmp_path / "paused/state.pt").exists()
+    for name in ("losses", "curve", "final", "trained_parameters"):
+        assert result[name] == straight[name], name
+
+
+def test_all_methods_see_the_same_rows(compare_run: Any, content: dict[str, Any], tmp_path: Path) -> None:
+    def rows(method: str, seed: int) -> list[torch.Tensor]:
+        comparand = compare_run.Comparand(compare_run.Spec(method, **content, seed=seed), tmp_path)
+        return [comparand.bundle.train.next_batch()["input_ids"] for _ in range(3)]
+
+    for one, other in zip(rows("adamw", 1), rows("loqt:8", 1), strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(rows("adamw", 1)[0], rows("adamw", 2)[0])
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "status", "told"),
+    [
+        ("adamw", {"lr": 3e3, "lr_full_rank": 3e3}, "diverged", ""),
+        ("loqt:4000", {}, "failed", "loqt.rank=4000"),
+        ("adamw", {"rows": 4000, "length": 64}, "failed", "tokens"),
+    ],
+)
+def test_what_goes_wrong_is_a_result(
+    compare_run: Any, content: dict[str, Any], tmp_path: Path, method: str, changes: Any, status: str, told: str
+) -> None:
+    result = compare_run.run(compare_run.Spec(method, **{**content, **changes}), tmp_path)
+    assert result["status"] == status
+    assert told in result.get("error", "")
+    assert json.loads((tmp_path / "result.json").read_text())["status"] == status
+
+
+def test_descriptions_with_unknown_fields_are_refused(compare_run: Any, content: dict[str, Any]) -> None:
+    text = json.dumps({**content, "method": "adamw", "learning_rate": 1})
+    with pytest.raises(ValueError, match="learning_rate"):
+        compare_run.Spec.from_json(text)
