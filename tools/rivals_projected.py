@@ -25,7 +25,9 @@ What q-galore-torch 1.0 needs on our side, seen with torch 2.13 and bitsandbytes
 - the linear with INT8 weights is in the authors' repository and not in the package: `Int8Linear` is ours;
 - groups must divide a matrix (`assert w.nelement() % q_group_size == 0`): where 256 does not, the largest size that
   does is taken;
-- INT4 codes of projections are stored one to a byte. Bytes are counted as they are.
+- INT4 codes of projections are stored one to a byte. Bytes are counted as they are;
+- whether a projection has changed is asked of its first vector with its sign, which an SVD is free to choose: a layer
+  whose subspace stays may not be seen to. That is left as it was published.
 """
 
 from __future__ import annotations
