@@ -58,8 +58,13 @@ def different(one: Any, two: Any, where: str = "") -> list[str]:
     return [] if one == two and type(one) is type(two) else [where]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, "fp32") for name in NAMES),
+        *((name, "bf16") for name in ("qgalore:32", "loftq:8", "relora:8+start=2", "loqt8bit:32", "loqtcard:8")),
+    ],
+)
 def test_a_contender_goes_on_bit_for_bit(rivals: Any, shape: str, name: str, dtype: str) -> None:
     """Refreshed in steps 0, 2, 4 and 6: before the stop and after it."""
     options = {"dtype": dtype, "lr": 1e-2, "lr_full_rank": 3e-3, "interval": 2, "max_steps": 20, "max_grad_norm": 1.0}
