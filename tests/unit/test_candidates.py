@@ -261,14 +261,18 @@ def test_stochastic_compensation_gives_the_weight_on_average(rounding: Any, side
     weight, basis = gaussian(25, 31), torch.linalg.qr(gaussian(31 if side == "right" else 25, 5))[0]
     path, generator = rounding.LowRank(basis, side, 0.5), torch.Generator().manual_seed(1)
     grid, total, count = rounding.Grid("nf4"), torch.zeros(25, 31, dtype=torch.float64), 300
+    factors = 0
     for _ in range(count):
         found = rounding.compensate(weight, path, iterations=iterations, grid=grid, generator=generator)
         product = found.factor @ basis.T if side == "right" else basis @ found.factor.T
         total += found.values.double() + 0.5 * product
+        factors = factors + found.factor.double() / count
     one = relative(found.values.double() + 0.5 * product, weight)
     assert one > 0.08 and relative(total / count, weight) < 1.5 * one / count**0.5
     nearest = rounding.compensate(weight, path, iterations=iterations, grid=grid)
     assert one > nearest.error_after  # the price
+    if iterations:  # what the kept factor leaves of the weight is rounded, and not the weight
+        assert relative(factors, nearest.factor) < 0.3
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -358,8 +362,10 @@ def test_small_updates_reach_the_codes_with_error_feedback_only(candidates: Any,
 
 def test_the_last_rounding_is_seeded_by_seed_step_and_layer(candidates: Any) -> None:
     runs = [Run(candidates, {"stochastic": "1"}, seed=seed) for seed in (0, 0, 1)]
+    runs[0].watch("_layer_seed", lambda name, _: {"name": name})
     for run in runs:
         run.steps(4)
+    assert len({seen["result"] for _, seen in runs[0].seen if seen["name"].endswith("/rounding")}) == 4
     states = [run.engine.network.state_dict() for run in runs]
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
     assert not torch.equal(states[0]["right.w_codes"], states[2]["right.w_codes"])
@@ -379,6 +385,14 @@ def test_values_of_other_blocks_are_kept_dense(candidates: Any, rounding: Any, s
         fractions = blocks / np.abs(blocks).max(1, keepdims=True)
         nearest = table[np.abs(fractions[:, :, None] - table).argmin(2)] * np.abs(blocks).max(1, keepdims=True)
         np.testing.assert_allclose(blocks_of(layer.weight_q(), size), nearest, rtol=1e-5, atol=1e-7)
+
+
+def test_a_weight_that_was_never_rounded_is_not_kept(candidates: Any) -> None:
+    run = Run(candidates, {"blocksize": "32", "factor": "keep"}, quantize_w="none")
+    assert run.steps(1)[0].summary()["error_after"] > 0.02
+    for layer in run.layers.values():
+        blocks = blocks_of(layer.weight_q(), 32)
+        assert max(len(set(block)) for block in np.round(blocks / np.abs(blocks).max(1, keepdims=True), 4)) <= 16
 
 
 # ---------------------------------------------------------------- in an engine: importance
@@ -679,9 +693,9 @@ def test_a_run_goes_on_from_its_state(candidates: Any, wanted: dict[str, str], l
     through, stopped = Run(candidates, wanted, **loqt), Run(candidates, wanted, **loqt)
     through.steps(8)
     stopped.steps(stop)
-    kept = io.BytesIO()
-    torch.save(stopped.controller.state_dict(), kept)
-    stopped.step()  # what comes later does not change what was saved
+    kept, state = io.BytesIO(), stopped.controller.state_dict()
+    stopped.step()  # what comes later does not change it
+    torch.save(state, kept)
     fresh = Run(candidates, wanted, **loqt)
     fresh.steps(stop)
     plain = fresh.controller
