@@ -187,14 +187,14 @@ class LoQT:
 
     def restore(self, state: dict[str, Any]) -> None:
         check_owner(self.name, state)
-        groups: dict[str, dict[str, Tensor]] = state["tensors"]
-        groups["random"] = {name: tensor.cpu() for name, tensor in groups["random"].items()}
+        tensors: dict[str, dict[str, Tensor]] = state["tensors"]
+        random = {name: tensor.cpu() for name, tensor in tensors["random"].items()}  # wherever it was read to
         kept: Any = SimpleNamespace(  # what an engine reads of a checkpoint
             path=f"the state of {self.name}",
             step=state["engine"]["step"],
             metadata={"engine_state": state["engine"]},
             num_parts=lambda group: 1,
-            tensors=lambda group, part=None: groups[group],
+            tensors=lambda group, part=None: random if group == "random" else tensors[group],
         )
         self.engine.restore(kept)
 
