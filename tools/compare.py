@@ -27,7 +27,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +36,7 @@ from typing import Any, TextIO
 import compare_report
 import torch
 from compare_run import STATUS, Spec, open_data, write_whole
-from compare_suites import SUITES, DataSet, Plan, Result, Row, Suite, check_all, data_sets, key
+from compare_suites import SUITES, Plan, Result, Row, Suite, check_all, data_sets, key
 
 from loqt_ds.config import describe_model, load_config
 from loqt_ds.stopping import Terminated, sigterm_raises
@@ -46,8 +46,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.25
 LINE_SECONDS = 60.0  # between lines of progress where there is no terminal
 LEAST_SECONDS = 40.0  # before the end of --minutes in which no run is started
-PAUSE_SECONDS = 25.0  # before the end of --minutes at which runs are told to pause
-END_SECONDS = 20.0  # that a process has to end in
+PAUSE_SECONDS = 25.0  # before the end of --minutes at which runs pause
+LATE_SECONDS = 20.0  # after the end of --minutes at which those that have not are ended
+END_SECONDS = 90.0  # that runs have to pause in when this command is interrupted: they do so before their next step
 
 
 # ---------------------------------------------------------------- results
@@ -179,15 +180,30 @@ class Child:
         at = f"step {now['step']}/{now['steps']} loss {now['loss']:.3f}" if now else "starting"
         return f"{describe(self.row)} {at}"
 
-    def end(self) -> None:
+    def kill(self) -> None:
         """Ends it, and what it has started."""
-        for signum, seconds in ((signal.SIGTERM, END_SECONDS), (signal.SIGKILL, None)):
-            if self.process.poll() is None:
-                os.killpg(self.process.pid, signum)
-                try:
-                    self.process.wait(seconds)
-                except subprocess.TimeoutExpired:
-                    continue
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def pause(children: Sequence[Child], say: Callable[[str], None]) -> None:
+    """Asks runs to pause; those that have not after a while, or when this is interrupted, are ended."""
+    going = [child for child in children if child.process.poll() is None]
+    if not going:
+        return
+    say("waiting for runs to pause; interrupt again to end them where they are")
+    for child in going:
+        child.process.terminate()
+    deadline = time.monotonic() + END_SECONDS
+    try:
+        for child in going:
+            child.process.wait(max(0.0, deadline - time.monotonic()))
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        pass
+    finally:
+        for child in going:
+            child.kill()
 
 
 def describe(row: Row) -> str:
@@ -207,16 +223,22 @@ def cause_of_death(code: int, log: Path) -> str:
     return told + (f"; its last line: {lines[-1][:300]}" if lines else "")
 
 
+def num_cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Runner:
     """Starts the runs of a plan, several at a time.
 
     Args:
-        jobs: runs at a time.
+        lock: the descriptor of the lock on `work`. Runs hold it too: what outlives this process is still at work.
         until: (`time.monotonic`) when this call is to be over; None: when all runs are.
     """
 
-    def __init__(self, plan: Plan, work: Path, *, jobs: int, until: float | None, progress: Progress) -> None:
-        self.plan, self.work, self.jobs, self.until, self.progress = plan, work, jobs, until, progress
+    def __init__(self, plan: Plan, work: Path, *, lock: int, until: float | None, progress: Progress) -> None:
+        self.plan, self.work, self.until, self.progress = plan, work, until, progress
+        self.jobs, self._lock = plan.suite.jobs, lock
         self.results = known_results(work, plan)
         self._rows = plan.rows(self.results)
         self._children: dict[str, Child] = {}
@@ -228,8 +250,7 @@ class Runner:
             while self._tick():
                 time.sleep(POLL_SECONDS)
         finally:
-            for child in self._children.values():
-                child.end()
+            pause(list(self._children.values()), self.progress.say)
             self.progress.close()
         return all(row.key in self.results for row in self._rows)
 
@@ -240,7 +261,7 @@ class Runner:
                 del self._children[name]
                 self._note(name, child)
             elif child.must_end is not None and time.monotonic() > child.must_end:
-                child.end()
+                child.kill()
         for row in self._rows:
             if len(self._children) >= self.jobs or not self._has_time:
                 break
@@ -264,7 +285,6 @@ class Runner:
         command.append(str(directory))
         if self.until is not None:
             command.append(str(max(1.0, self.until - time.monotonic() - PAUSE_SECONDS)))
-        threads = max(1, len(os.sched_getaffinity(0)) // self.jobs) if hasattr(os, "sched_getaffinity") else 1
         parent = os.getpid()
         with (directory / "log").open("a") as log:
             process = subprocess.Popen(
@@ -272,11 +292,12 @@ class Runner:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                env=os.environ | {"OMP_NUM_THREADS": str(max(1, num_cores() // self.jobs))},
+                pass_fds=(self._lock,),
                 start_new_session=True,  # a Ctrl-C is for this process, which then ends the others
                 preexec_fn=None if LIBC is None else lambda: dies_with(parent),
             )
-        must_end = None if self.until is None else self.until + END_SECONDS
+        must_end = None if self.until is None else self.until + LATE_SECONDS
         return Child(row, directory, process, must_end)
 
     def _note(self, name: str, child: Child) -> None:
@@ -301,11 +322,9 @@ class Runner:
     # ---------------------------------------------------------------- how far it is
 
     def _show(self) -> None:
-        names = {row.key for row in self._rows if row.key is not None}
-        num_unknown = sum(row.key is None for row in self._rows)
-        num_runs = len(names) + num_unknown
+        runs = self.plan.runs(self._rows)
         current = [child.describe() for child in self._children.values()]
-        self.progress.show(len(names & self.results.keys()), num_runs, current, self._seconds_left())
+        self.progress.show(len(runs & self.results.keys()), len(runs), current, self._seconds_left())
 
     def _seconds_left(self) -> float | None:
         """By the mean seconds of a step of the same shape; None before anything is known of one."""
@@ -321,14 +340,12 @@ class Runner:
         if not measured:
             return None
         everywhere = [value for values in measured.values() for value in values]
-        total, seen = 0.0, set()
-        for row in self._rows:
-            if row.key is not None and (row.key in self.results or row.key in seen):
-                continue
-            seen.add(row.key)
+        left = {name: row for row in self._rows if (name := self.plan.run_of(row)) not in self.results}
+        total = 0.0
+        for name, row in left.items():
             steps = self.plan.suite.steps if row.spec is None else row.spec.steps
             of_step = measured.get(row.shape, everywhere)
-            total += sum(of_step) / len(of_step) * (steps - steps_taken.get(row.key or "", 0))
+            total += sum(of_step) / len(of_step) * (steps - steps_taken.get(name, 0))
         return total / self.jobs
 
 
@@ -336,15 +353,16 @@ class Runner:
 
 
 @contextmanager
-def locked(work: Path) -> Iterator[None]:
-    """Raises ValueError where another command is running the runs of the same directory."""
+def locked(work: Path) -> Iterator[int]:
+    """The descriptor of a lock. Raises ValueError where another command, or a run that one left, has it."""
     work.mkdir(parents=True, exist_ok=True)
     with (work / ".lock").open("a") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"--work {work}: another compare.py is at work there; wait, or give another") from None
-        yield
+            told = "another compare.py, or a run that it has left behind, is at work there; wait, or give another"
+            raise ValueError(f"--work {work}: {told}") from None
+        yield handle.fileno()
 
 
 def chosen_suite(options: argparse.Namespace) -> Suite:
@@ -400,14 +418,13 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def prepare(suite: Suite, plan: Plan, data: Sequence[DataSet]) -> None:
+def prepare(plan: Plan) -> None:
     """Tokenizes every data set, so that no run does it beside one that is timed. Raises ValueError for data that the
     runs could not use."""
-    rows = plan.rows({})
-    for shape, _ in suite.scales:
-        for each in data:
-            spec = next(row.spec for row in rows if row.data == each.name and row.shape == shape and row.spec)
-            open_data(spec)
+    suite = plan.suite
+    for data in plan.data.values():
+        options = (*data.options, f"data.tokenizer_vocab_size={suite.vocabulary}")
+        open_data(Spec("adamw", options, 0.0, 0.0, **{**suite.spec, "shape": suite.scales[0][0]}))
 
 
 def forget_failed(work: Path, plan: Plan) -> None:
@@ -416,7 +433,8 @@ def forget_failed(work: Path, plan: Plan) -> None:
             (directory_of(work, row.spec) / "result.json").unlink()
 
 
-def show_list(rows: Sequence[Row], results: Mapping[str, Result]) -> None:
+def show_list(plan: Plan, results: Mapping[str, Result]) -> None:
+    rows = plan.rows(results)
     for row in rows:
         if row.spec is None:
             print(f"{row.part}: {describe(row)}: waits for the search of the learning rate")
@@ -424,19 +442,19 @@ def show_list(rows: Sequence[Row], results: Mapping[str, Result]) -> None:
         result = results.get(key(row.spec))
         told = "not run" if result is None else outcome(result)
         print(f"{row.part}: {describe(row)}: rates {row.spec.lr:g}, {row.spec.lr_full_rank:g}: {told}")
-    names = {row.key for row in rows if row.key is not None}
-    print(f"{len(names)} runs, {len(names & results.keys())} of them over")
+    runs = plan.runs(rows)
+    print(f"{len(runs)} runs, {len(runs & results.keys())} of them over")
 
 
 def run_all(options: argparse.Namespace, plan: Plan, started: float) -> tuple[bool, int]:
     """(whether all runs are over, signal that ended it or 0)."""
     until = None if options.minutes is None else started + 60 * options.minutes
     progress = Progress(sys.stdout)
-    with locked(options.work), sigterm_raises():
+    with locked(options.work) as lock, sigterm_raises():
         if options.again:
             forget_failed(options.work, plan)
-        prepare(plan.suite, plan, plan.data)
-        runner = Runner(plan, options.work, jobs=plan.suite.jobs, until=until, progress=progress)
+        prepare(plan)
+        runner = Runner(plan, options.work, lock=lock, until=until, progress=progress)
         try:
             return runner.run(), 0
         except KeyboardInterrupt as stopped:
@@ -455,7 +473,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plan = Plan(suite, data_sets(options.data or [], suite))
         results = known_results(options.work, plan)
         if options.list:
-            show_list(plan.rows(results), results)
+            show_list(plan, results)
             return 0
         is_done, signum = run_all(options, plan, started) if not options.report else (True, 0)
     except ValueError as error:

@@ -84,6 +84,8 @@ def draw_curves(ax: Any, found: list[Line]) -> None:
             label = None if runs else f"{line.label} (diverged)"
             ax.plot(ends, [*values, values[-1]], linewidth=1.0, label=label, **where)
             ax.plot(ends[-1], values[-1], "X", markersize=9, color=where["color"])
+        if not line.measured:
+            ax.plot([], [], "X", color="tab:red", label=f"{line.label} (failed)")
     ax.set(xlabel="tokens trained on, million", ylabel="held-out perplexity", yscale="log")
     ends_at = [values[-1] for line in found for result in line.done.values() for values in [curve(result)[1]]]
     if ends_at:  # what an untrained model has would leave no room for the differences
@@ -102,15 +104,21 @@ def plain_ticks(axis: Any) -> None:
     axis.set_minor_formatter(lambda *_: "")
 
 
+def final_mean(line: Line) -> float:
+    values = line.values(perplexity).values()
+    return sum(values) / len(values)
+
+
 def draw_finals(ax: Any, found: list[Line]) -> None:
-    """A dot for every seed, a bar for their mean; what has none says why."""
+    """A dot for every seed, a bar for their mean, best first; what has none says why."""
+    found = sorted(found, key=lambda line: (not line.done, *([final_mean(line)] if line.done else [])))
     places = list(range(len(found)))
     for place, line in zip(places, found, strict=True):
         values = list(line.values(perplexity).values())
         color = "tab:green" if line.label.startswith("loqt") else "tab:blue" if line.label == BASE else "0.4"
         ax.plot(values, [place] * len(values), "o", color=color, markersize=5, alpha=0.7)
         if values:
-            ax.plot(sum(values) / len(values), place, "|", color=color, markersize=18, markeredgewidth=2)
+            ax.plot(final_mean(line), place, "|", color=color, markersize=18, markeredgewidth=2)
         lost = [result["status"] for result in line.runs.values() if result["status"] != "done"]
         if lost:
             told = " and ".join(f"{lost.count(status)} {status}" for status in dict.fromkeys(lost))
@@ -118,8 +126,7 @@ def draw_finals(ax: Any, found: list[Line]) -> None:
             ax.text(0.97, place, told, color="tab:red", ha="right", va="center", transform=ax.get_yaxis_transform())
     base = next((line for line in found if line.label == BASE and line.done), None)
     if base is not None:
-        values = list(base.values(perplexity).values())
-        ax.axvline(sum(values) / len(values), color="tab:blue", linewidth=0.8, linestyle=":")
+        ax.axvline(final_mean(base), color="tab:blue", linewidth=0.8, linestyle=":")
     ax.set_yticks(places, [line.label for line in found], fontsize=8)
     ax.set_ylim(len(found) - 0.5, -0.5)
     ax.grid(axis="x", alpha=0.3)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -260,23 +260,51 @@ def variant_tables(every: Sequence[Line]) -> list[str]:
         told += table(VARIANT_HEAD, [variant_cells(line, every) for line in here])
         if group == PAPER:
             told += paper_gap(here)
-    return told
+    return told + overview(found, every)
+
+
+def overview(found: Sequence[Line], every: Sequence[Line]) -> list[str]:
+    """All variants, best first by the mean ratio to LoQT as shipped over data sets and seeds."""
+    entries: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for line in found:
+        against = list(ratios(line, shipped_line(every, line), perplexity).values())
+        if against and not is_shipped_line(line, every):
+            entries.setdefault((line.group, line.label), {}).setdefault(line.data, []).extend(against)
+    if not entries:
+        return []
+    names = list(dict.fromkeys(line.data for line in found))
+
+    def total(values: Iterable[Sequence[float]]) -> list[float]:
+        return [ratio for part in values for ratio in part]
+
+    body = []
+    for (group, label), of in sorted(entries.items(), key=lambda entry: mean(total(entry[1].values()))):
+        together = total(of.values())
+        wins = f"{sum(ratio < 1 for ratio in together)} of {len(together)}"
+        cells = [plus_minus(of.get(name, []), 4) for name in names]
+        body.append([f"{group}: {label}", *cells, f"{mean(together):.4f}", wins])
+    return ["### All variants, best first", "", *table(("/ LoQT as shipped", *names, "mean", "better than it"), body)]
 
 
 VARIANT_HEAD = ("", "on", "perplexity", "/ LoQT as shipped", "better than it", "/ AdamW", "")
 
 
 def shipped_line(every: Sequence[Line], line: Line) -> Line | None:
-    """LoQT as shipped beside a line: the one contender of that family that has no options, with the most runs."""
+    """The suite's LoQT without options, at a line's shape and on its data."""
     same = [other for other in every if (other.shape, other.data) == (line.shape, line.data)]
     ours = [other for other in same if other.part == "method" and parse(other.contender)[0] == "loqt"]
     return next((other for other in ours if "+" not in other.contender), None)
 
 
-def variant_cells(line: Line, every: Sequence[Line]) -> list[str]:
+def is_shipped_line(line: Line, every: Sequence[Line]) -> bool:
+    """Whether a variant is LoQT as shipped."""
     shipped = shipped_line(every, line)
-    against = ratios(line, shipped, perplexity)
-    is_same = shipped is not None and shipped.contender == line.contender
+    return shipped is not None and shipped.contender == line.contender and not line.rows[0].changes
+
+
+def variant_cells(line: Line, every: Sequence[Line]) -> list[str]:
+    against = ratios(line, shipped_line(every, line), perplexity)
+    is_same = is_shipped_line(line, every)
     wins = f"{sum(ratio < 1 for ratio in against.values())} of {len(against)}"
     return [
         f"{line.label} (shipped)" if is_same else line.label,
@@ -376,8 +404,8 @@ READING = """\
 - Bytes are of tensors: gradients when the backward is over, states with the optimizer's masters. *Peak* is what the
   process needed above what it had before there was a model, evaluation included: on a CPU resident, on CUDA allocated.
 - *Tokens/s* is of steps alone, re-initializations included; runs share the machine as said above.
-- *Re-initializations*: how many, their seconds and share of the run. GaLore's, Q-GaLore's and APOLLO's new projections
-  are part of their steps, and not measured apart.
+- *Re-initializations*: how many steps had one, their seconds and share of the run: LoQT's re-initializations, new
+  projections of GaLore, Q-GaLore and APOLLO, restarts of ReLoRA.
 - *Diverged*: a loss that is not finite, or 3 nats above the untrained model's. Its curve ends with a cross."""
 
 SEARCH = """\
@@ -489,8 +517,12 @@ def write(plan: Plan, results: Mapping[str, Result], output: Path, *, command: S
 
 
 def curve(result: Result) -> tuple[list[float], list[float]]:
-    """(tokens, held-out perplexity) of a run's evaluations."""
-    points = [(tokens, math.exp(min(loss, 700.0))) for tokens, loss in result["curve"]]
+    """(tokens, held-out perplexity) of a run's evaluations on the same held-out tokens: the last one, where it is on
+    more of them than the others, is left out."""
+    evaluations, final = result["curve"], result.get("final")
+    if final is not None and final["loss"] == evaluations[-1][1] and len(evaluations) > 2:
+        evaluations = evaluations if final["num_tokens"] <= result["spec"]["eval_tokens"] else evaluations[:-1]
+    points = [(tokens, math.exp(min(loss, 700.0))) for tokens, loss in evaluations]
     return [tokens for tokens, _ in points], [value for _, value in points]
 
 

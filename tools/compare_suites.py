@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -248,6 +248,8 @@ MEMORY_COMPONENTS = (
 )
 MEMORY_SPEC = {"steps": 4, "interval": 2, "rows": 4, "eval_every": 4, "eval_tokens": 1024, "final_tokens": 1024}
 
+BLOCKS = ("32", "64", "128")  # 64 is the shipped one, as a control
+
 # What may become a default: tried on two data sets and with three seeds (benchmarks/DEFAULTS.md).
 CANDIDATES = (
     *values("Adam's moments of B at a re-initialization", "loqt.optimizer_state", "keep", "reset", "project"),
@@ -263,6 +265,7 @@ CANDIDATES = (
     *values("Adam's moments, more ways", "candidate.momentum", "transport", "second"),
     *values("Vectors of P", "candidate.basis", "sample"),
     *values("P aligned with the one before", "candidate.align", "1"),
+    *(Variant("Blocks of W, kept dense", v, ("loqt.quantize_w=none", f"candidate.blocksize={v}")) for v in BLOCKS),
 )
 
 SMALL = {"steps": 400, "interval": 40, "eval_every": 50}
@@ -409,20 +412,21 @@ def key(spec: Spec) -> str:
 class Row:
     """One run's place in the report.
 
-    part: search, method, variant or memory. group: of a variant. label: the contender's name, or the variant's.
-    contender: without the optimizer that is shipped. data: the data set's name. factor: on the stored rates. spec:
-    None where a search must end first.
+    part: search, method, variant or memory. label: the contender's name, or the variant's. contender: its name, without
+    the optimizer that is shipped. data: the data set's name. group: of a variant. changes: of fields of `Spec`.
+    factor: on the stored rates. spec: the run; None where a search must end first.
     """
 
     part: str
-    group: str
     label: str
     contender: str
     data: str
     shape: str
     seed: int
-    factor: float | None
-    spec: Spec | None
+    group: str = ""
+    changes: tuple[tuple[str, Any], ...] = ()
+    factor: float | None = None
+    spec: Spec | None = None
 
     @property
     def key(self) -> str | None:
@@ -455,76 +459,73 @@ class Plan:
     """The rows of one suite on some data sets."""
 
     def __init__(self, suite: Suite, data: Sequence[DataSet]) -> None:
-        self.suite, self.data = suite, list(data)
+        self.suite, self.data = suite, {each.name: each for each in data}
+        self._first = data[0].name
 
     def rows(self, results: Mapping[str, Result]) -> list[Row]:
         """All rows, in the order in which their runs are started."""
         return [row for scale in self.suite.scales for row in self._of_scale(*scale, results)]
 
+    def run_of(self, row: Row) -> str:
+        """The name of a row's run; of one that is not known yet, what makes it another than others."""
+        if row.key is not None:
+            return row.key
+        if (row.part, row.data, row.seed) == ("method", self._first, 0):  # one of the search's own runs
+            row = self._searched(row.contender, row.shape, 1.0)
+        return row.key or f"{row.contender} {row.shape} {row.data} {row.seed} {row.changes}"
+
+    def runs(self, rows: Sequence[Row]) -> set[str]:
+        """All runs of the rows, known or not."""
+        return {self.run_of(row) for row in rows}
+
     def _of_scale(self, shape: str, rank: int, results: Mapping[str, Result]) -> Iterator[Row]:
         methods = self.suite.contenders(rank)
-        choices = {}
-        for method in methods:
-            rows = [self._search_row(method, shape, factor) for factor in self.suite.search]
+        choices = dict.fromkeys(methods, Choice(1.0))
+        for method in methods if self.suite.search else ():
+            rows = [self._searched(method, shape, factor) for factor in self.suite.search]
             yield from rows
             choices[method] = choose([(row.factor or 1.0, results.get(row.key or "")) for row in rows])
-        if not self.suite.search:
-            choices = {method: Choice(1.0) for method in methods}
         for seed in range(self.suite.seeds):
             for data in self.data:
                 for method in methods:
-                    choice = choices[method]
+                    choice, is_first = choices[method], (seed, data) == (0, self._first)
                     # what no rate could train is shown once, with the stored one
-                    if choice.factor is not None or choice.is_open or (seed == 0 and data is self.data[0]):
-                        yield self._row("method", method, method, data, shape, seed, choice)
+                    if choice.factor is not None or choice.is_open or is_first:
+                        yield self._filled(Row("method", method, method, data, shape, seed), choice)
         if shape == self.suite.scales[0][0]:
             yield from self._memory_rows()
         yield from self._variant_rows(shape, rank, choices)
 
+    def _searched(self, method: str, shape: str, factor: float) -> Row:
+        return self._filled(Row("search", method, method, self._first, shape, 0), Choice(factor))
+
     def _variant_rows(self, shape: str, rank: int, choices: Mapping[str, Choice]) -> Iterator[Row]:
+        """With the rates that were found for the method of the same family."""
+        found: dict[str, Choice] = {}
+        for method, choice in choices.items():
+            found.setdefault(parse(method)[0], choice)
         for seed in range(self.suite.seeds):
-            for data in self.data[: self.suite.variants_on]:
+            for data in list(self.data)[: self.suite.variants_on]:
                 for variant in self.suite.variants:
-                    contender = variant.contender(rank)
-                    family = parse(contender)[0]
-                    # rates are those of the method of the same family and rank, where the suite has searched them
-                    of = [method for method in choices if parse(method)[0] == family]
-                    choice = choices[of[0]] if of else Choice(1.0)
-                    if choice.factor is None and not choice.is_open:
-                        choice = Choice(1.0)
-                    yield self._row(
-                        "variant", contender, variant.label, data, shape, seed, choice, variant.group, variant.changes
-                    )
+                    contender, changes = variant.contender(rank), tuple(variant.changes.items())
+                    row = Row("variant", variant.label, contender, data, shape, seed, variant.group, changes)
+                    yield self._filled(row, found.get(parse(contender)[0], Choice(1.0)))
 
     def _memory_rows(self) -> Iterator[Row]:
         shape, rank = self.suite.memory_scale
         for variant in self.suite.memory:
+            changes = tuple({**MEMORY_SPEC, **variant.changes}.items())
             contender = variant.contender(rank)
-            changes = MEMORY_SPEC | dict(variant.changes)
-            args = (contender, variant.label, self.data[0], shape, 0, Choice(1.0), variant.group, changes)
-            yield self._row("memory", *args)
+            row = Row("memory", variant.label, contender, self._first, shape, 0, variant.group, changes)
+            yield self._filled(row, Choice(1.0))
 
-    def _search_row(self, method: str, shape: str, factor: float) -> Row:
-        return self._row("search", method, method, self.data[0], shape, 0, Choice(factor))
-
-    def _row(
-        self,
-        part: str,
-        contender: str,
-        label: str,
-        data: DataSet,
-        shape: str,
-        seed: int,
-        choice: Choice,
-        group: str = "",
-        changes: Mapping[str, Any] | None = None,
-    ) -> Row:
+    def _filled(self, row: Row, choice: Choice) -> Row:
+        """The row with its run; without one while the choice is open."""
         if choice.is_open:
-            return Row(part, group, label, contender, data.name, shape, seed, None, None)
+            return row
         factor = 1.0 if choice.factor is None else choice.factor
-        lr, lr_full_rank = (float(f"{factor * rate:.6g}") for rate in rates(contender, shape))
-        # the tokenizer is each data set's own
-        options = (*data.options, f"data.tokenizer_vocab_size={self.suite.vocabulary}")
-        content = {"lr": lr, "lr_full_rank": lr_full_rank, **self.suite.spec, **(changes or {})}
-        spec = Spec(with_optimizer(contender), options, seed=seed, shape=shape, **content)
-        return Row(part, group, label, contender, data.name, shape, seed, factor, spec)
+        lr, lr_full_rank = (float(f"{factor * rate:.6g}") for rate in rates(row.contender, row.shape))
+        options = (*self.data[row.data].options, f"data.tokenizer_vocab_size={self.suite.vocabulary}")
+        content = {"lr": lr, "lr_full_rank": lr_full_rank, **self.suite.spec, **dict(row.changes)}
+        spec = Spec(with_optimizer(row.contender), options, seed=row.seed, shape=row.shape, **content)
+        return replace(row, factor=factor, spec=spec)
