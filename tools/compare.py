@@ -43,6 +43,7 @@ from loqt_ds.stopping import Terminated, sigterm_raises
 from loqt_ds.train import set_environment
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+ONE_RUN = Path(__file__).resolve().with_name("compare_run.py")
 POLL_SECONDS = 0.25
 LINE_SECONDS = 60.0  # between lines of progress where there is no terminal
 LEAST_SECONDS = 40.0  # before the end of --minutes in which no run is started
@@ -281,8 +282,7 @@ class Runner:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "progress.json").unlink(missing_ok=True)
         (directory / "spec.json").write_text(row.spec.to_json())
-        command = [sys.executable, str(Path(__file__).with_name("compare_run.py")), str(directory / "spec.json")]
-        command.append(str(directory))
+        command = [sys.executable, str(ONE_RUN), str(directory / "spec.json"), str(directory)]
         if self.until is not None:
             command.append(str(max(1.0, self.until - time.monotonic() - PAUSE_SECONDS)))
         parent = os.getpid()

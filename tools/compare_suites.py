@@ -470,8 +470,9 @@ class Plan:
         """The name of a row's run; of one that is not known yet, what makes it another than others."""
         if row.key is not None:
             return row.key
-        if (row.part, row.data, row.seed) == ("method", self._first, 0):  # one of the search's own runs
-            row = self._searched(row.contender, row.shape, 1.0)
+        methods = self.suite.contenders(dict(self.suite.scales)[row.shape])
+        if row.contender in methods and (row.data, row.seed, row.changes) == (self._first, 0, ()):
+            row = self._searched(row.contender, row.shape, 1.0)  # it will be one of the search's own runs
         return row.key or f"{row.contender} {row.shape} {row.data} {row.seed} {row.changes}"
 
     def runs(self, rows: Sequence[Row]) -> set[str]:
