@@ -26,10 +26,12 @@ def draw(every: Sequence[Line], output: Path) -> list[str]:
         "components": ("memory", draw_memory, 3.6),
     }
     for name, (part, draw_one, height) in pictures.items():
-        found = [line for line in every if line.part == part and line.runs]
         panels: dict[tuple[str, str], list[Line]] = {}
-        for line in found:
-            panels.setdefault((line.shape, line.data), []).append(line)
+        for line in every:
+            if line.part == part and line.runs:
+                panels.setdefault((line.shape, line.data), []).append(line)
+        # a logarithmic axis wants values
+        panels = {where: here for where, here in panels.items() if any(line.done for line in here)}
         if panels:
             figure, axes = axes_of(len(panels), height)
             for ((shape, data), here), ax in zip(panels.items(), axes, strict=False):
