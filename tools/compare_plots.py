@@ -18,7 +18,7 @@ def draw(every: Sequence[Line], output: Path) -> list[str]:
 
     matplotlib.use("Agg")
     drawn = []
-    pictures: dict[str, tuple[str, Callable[[Any, list[Line]], None], float]] = {
+    pictures: dict[str, tuple[str, Callable[[Any, list[Line], Sequence[Line]], None], float]] = {
         "perplexity": ("method", draw_curves, 5.0),
         "final": ("method", draw_finals, 4.2),
         "memory": ("method", draw_memory, 4.2),
@@ -35,7 +35,7 @@ def draw(every: Sequence[Line], output: Path) -> list[str]:
         if panels:
             figure, axes = axes_of(len(panels), height)
             for ((shape, data), here), ax in zip(panels.items(), axes, strict=False):
-                draw_one(ax, here)
+                draw_one(ax, here, every)
                 ax.set_title(f"{Path(shape).stem} on {data}", fontsize=10)
             figure.savefig(output / f"{name}.png", dpi=120)
             drawn.append(name)
@@ -60,17 +60,22 @@ def axes_of(number: int, height: float) -> tuple[Any, list[Any]]:
     return figure, flat
 
 
-def style(number: int) -> dict[str, Any]:
-    """Color and line of a method, by its place."""
-    return {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
+def style(label: str, every: Sequence[Line]) -> dict[str, Any]:
+    """Color and line of a method, the same in all plots: by its place among all."""
+    from matplotlib import colormaps
+
+    number = list(dict.fromkeys(line.label for line in every)).index(label)
+    palette = colormaps["tab20"]
+    colors = [palette(place) for place in (*range(0, 20, 2), *range(1, 20, 2))]
+    return {"color": colors[number % 20], "linestyle": ("-", "--", ":")[number // 10 % 3]}
 
 
-def draw_curves(ax: Any, found: list[Line]) -> None:
+def draw_curves(ax: Any, found: list[Line], every: Sequence[Line]) -> None:
     """Held-out perplexity over tokens: the mean over seeds (of the loss), and the range; a cross where a run
     diverged."""
-    for number, line in enumerate(found):
+    for line in found:
         runs = [curve(result) for result in line.done.values()]
-        where = style(number)
+        where = style(line.label, every)
         if runs:
             tokens = [value / 1e6 for value in runs[0][0]]
             columns = list(zip(*(values for _, values in runs), strict=True))
@@ -111,7 +116,7 @@ def final_mean(line: Line) -> float:
     return sum(values) / len(values)
 
 
-def draw_finals(ax: Any, found: list[Line]) -> None:
+def draw_finals(ax: Any, found: list[Line], every: Sequence[Line]) -> None:
     """A dot for every seed, a bar for their mean, best first; what has none says why."""
     found = sorted(found, key=lambda line: (not line.done, *([final_mean(line)] if line.done else [])))
     places = list(range(len(found)))
@@ -125,7 +130,8 @@ def draw_finals(ax: Any, found: list[Line]) -> None:
         if lost:
             told = " and ".join(f"{lost.count(status)} {status}" for status in dict.fromkeys(lost))
             ax.plot(1.0, place, "X", color="tab:red", markersize=9, transform=ax.get_yaxis_transform(), clip_on=False)
-            ax.text(0.97, place, told, color="tab:red", ha="right", va="center", transform=ax.get_yaxis_transform())
+            where = {"ha": "left", "va": "center", "transform": ax.get_yaxis_transform()}
+            ax.text(1.02, place, told, color="tab:red", fontsize=8, **where)
     base = next((line for line in found if line.label == BASE and line.done), None)
     if base is not None:
         ax.axvline(final_mean(base), color="tab:blue", linewidth=0.8, linestyle=":")
@@ -135,7 +141,7 @@ def draw_finals(ax: Any, found: list[Line]) -> None:
     ax.set_xlabel("held-out perplexity at the end (dots: seeds; bar: mean; dotted: full-rank AdamW)")
 
 
-def draw_memory(ax: Any, found: list[Line]) -> None:
+def draw_memory(ax: Any, found: list[Line], every: Sequence[Line]) -> None:
     """Stacked bars; methods that took no step have none."""
     shown = [line for line in found if line.measured]
     parts = [components(line.measured[0]) for line in shown]
@@ -151,23 +157,30 @@ def draw_memory(ax: Any, found: list[Line]) -> None:
     ax.legend(fontsize=7)
 
 
-def draw_search(ax: Any, found: list[Line]) -> None:
-    """Final perplexity over the factor on the stored rates; crosses at the top: diverged or failed."""
-    for number, label in enumerate(dict.fromkeys(line.label for line in found)):
+def draw_search(ax: Any, found: list[Line], every: Sequence[Line]) -> None:
+    """Final perplexity over the factor on the stored rates; crosses at the top: diverged or failed, named in the legend."""
+    for label in dict.fromkeys(line.label for line in found):
         entries = [(line.rows[0].factor or 0.0, line) for line in found if line.label == label]
         entries.sort(key=lambda entry: entry[0])
         points = [(factor, value) for factor, line in entries for value in line.values(perplexity).values()]
+        where = style(label, every)
+        lost: dict[str, list[float]] = {}
+        for factor, line in entries:
+            for result in line.runs.values():
+                if result["status"] != "done":
+                    lost.setdefault(result["status"], []).append(factor)
+        told = "".join(f" ({status} x {', '.join(f'{f:g}' for f in of)})" for status, of in lost.items())
+        ax.plot([factor for factor, _ in points], [value for _, value in points], "o", markersize=4, label=label + told,
+                **where)  # fmt: skip
         if points:
-            ax.plot(*zip(*points, strict=True), "o", markersize=4, label=label, **style(number))
-            factor, value = min(points, key=lambda point: point[1])
-            ax.plot(factor, value, "*", markersize=12, color=f"C{number % 10}")
-        lost = [factor for factor, line in entries if line.runs and not line.done]
-        shift = 0.97 - 0.03 * number
-        ax.plot(lost, [shift] * len(lost), "X", color=f"C{number % 10}", transform=ax.get_xaxis_transform())
+            ax.plot(*min(points, key=lambda point: point[1]), "*", markersize=12, color=where["color"])
+        top = {"transform": ax.get_xaxis_transform(), "clip_on": False}
+        for of in lost.values():
+            ax.plot(of, [1.0] * len(of), "X", color="tab:red", **top)
     factors = sorted({line.rows[0].factor or 0.0 for line in found})
     ax.set(xscale="log", yscale="log", xlabel="factor on the stored rates", ylabel="held-out perplexity at the end")
     ax.set_xticks(factors, [f"{factor:g}" for factor in factors])
     ax.minorticks_off()
     plain_ticks(ax.yaxis)
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=7, ncols=2)
+    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0))

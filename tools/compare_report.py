@@ -159,13 +159,13 @@ HEAD = (
     "tokens/s",
     "/ AdamW's",
     "re-initializations",
-    "",
+    "remarks",
 )
 
 
 def method_cells(line: Line, every: Sequence[Line]) -> list[str]:
     """A line of the main table."""
-    base = base_of(every, line, BASE)
+    base = base_of(every, line, BASE) if line.label != BASE else None
     some = line.measured
     if not some:
         return [line.label, *[DASH] * (len(HEAD) - 2), trouble(line)]
@@ -206,7 +206,13 @@ def method_tables(every: Sequence[Line]) -> list[str]:
     for shape, data in dict.fromkeys((line.shape, line.data) for line in found):
         here = [line for line in found if (line.shape, line.data) == (shape, data)]
         told += [f"## {Path(shape).stem} on {data}", ""]
-        told += table(HEAD, [method_cells(line, every) for line in here])
+        body = [method_cells(line, every) for line in here]
+        # a method that no rate of the search could train is on the first data set alone
+        labels = dict.fromkeys(line.label for line in found if line.shape == shape)
+        for label in (label for label in labels if label not in {line.label for line in here}):
+            remark = f"not run: no rate trained it on {found[0].data}"
+            body.append([label, *[DASH] * (len(HEAD) - 2), remark])
+        told += table(HEAD, body)
     return told
 
 
@@ -286,7 +292,7 @@ def overview(found: Sequence[Line], every: Sequence[Line]) -> list[str]:
     return ["### All variants, best first", "", *table(("/ LoQT as shipped", *names, "mean", "better than it"), body)]
 
 
-VARIANT_HEAD = ("", "on", "perplexity", "/ LoQT as shipped", "better than it", "/ AdamW", "")
+VARIANT_HEAD = ("", "on", "perplexity", "/ LoQT as shipped", "better than it", "/ AdamW", "remarks")
 
 
 def shipped_line(every: Sequence[Line], line: Line) -> Line | None:
@@ -307,8 +313,8 @@ def variant_cells(line: Line, every: Sequence[Line]) -> list[str]:
     is_same = is_shipped_line(line, every)
     wins = f"{sum(ratio < 1 for ratio in against.values())} of {len(against)}"
     return [
-        f"{line.label} (shipped)" if is_same else line.label,
-        line.data if Path(line.shape).stem in line.data else f"{line.data}, {Path(line.shape).stem}",
+        f"{line.label} (shipped)" if is_same and "shipped" not in line.label else line.label,
+        f"{line.data}, {Path(line.shape).stem}",
         plus_minus(list(line.values(perplexity).values()), 2),
         DASH if is_same else plus_minus(list(against.values()), 4),
         DASH if is_same or not against else wins,

@@ -209,7 +209,7 @@ def test_report_and_plots(report: Any, plan: Any, results: Any, tmp_path: Path) 
     for name in ("perplexity", "final", "memory", "search", "components"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10000 and f"({name}.png)" in text
     assert "- galore:16 on one, seed 0: failed: RuntimeError: a / b and more" in text
-    assert "diverged at step 123 of 1000" in text
+    assert "diverged at step 123 of 1000" in text and "not run: no rate trained it on one" in text
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["runs"].keys() == results.keys()
     assert content["machines"] == [next(iter(results.values()))["machine"]] or len(content["machines"]) == 1
@@ -238,17 +238,17 @@ def test_marks_in_the_plots(tools: dict[str, Any], every: list[Any]) -> None:
     plots = tools["compare_plots"]
     found = [line for line in every if line.part == "method" and line.data == "two"]
     figure, (left, right) = pyplot.subplots(1, 2)
-    plots.draw_curves(left, found)
+    plots.draw_curves(left, found, every)
     spec = line_of(every, "qlora:16", "two").runs[1]["spec"]
     ends = [line.get_xdata()[0] for line in left.lines if line.get_marker() == "X" and len(line.get_xdata())]
     assert ends == pytest.approx([123 * spec["rows"] * spec["length"] / 1e6])  # where the diverged run ended
-    plots.draw_finals(right, found)
+    plots.draw_finals(right, found, every)
     assert [text.get_text() for text in right.texts] == ["1 diverged"]
     dots = {tick.get_text(): number for number, tick in enumerate(right.get_yticklabels())}
     drawn = [line for line in right.lines if line.get_marker() == "o" and dots["qlora:16"] in line.get_ydata()]
     assert len(drawn[0].get_xdata()) == 2
     one = [line for line in every if line.part == "method" and line.data == "one"]
     figure, ax = pyplot.subplots()
-    plots.draw_curves(ax, one)
+    plots.draw_curves(ax, one, every)
     assert "galore:16 (failed)" in [text.get_text() for text in ax.get_legend().get_texts()]
     pyplot.close("all")
