@@ -158,7 +158,7 @@ def draw_memory(ax: Any, found: list[Line], every: Sequence[Line]) -> None:
 
 
 def draw_search(ax: Any, found: list[Line], every: Sequence[Line]) -> None:
-    """Final perplexity over the factor on the stored rates; crosses at the top: diverged or failed, named in the legend."""
+    """Final perplexity over the factor on the stored rates; crosses: diverged or failed, as the legend says."""
     for label in dict.fromkeys(line.label for line in found):
         entries = [(line.rows[0].factor or 0.0, line) for line in found if line.label == label]
         entries.sort(key=lambda entry: entry[0])
