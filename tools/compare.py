@@ -132,7 +132,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
+    minutes = max(1, round(seconds / 60))
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
 
 
@@ -453,10 +453,9 @@ def run_all(options: argparse.Namespace, plan: Plan, started: float) -> tuple[bo
     with locked(options.work) as lock, sigterm_raises():
         if options.again:
             forget_failed(options.work, plan)
-        prepare(plan)
-        runner = Runner(plan, options.work, lock=lock, until=until, progress=progress)
         try:
-            return runner.run(), 0
+            prepare(plan)
+            return Runner(plan, options.work, lock=lock, until=until, progress=progress).run(), 0
         except KeyboardInterrupt as stopped:
             print("stopped; the same command goes on", flush=True)
             return False, signal.SIGTERM if isinstance(stopped, Terminated) else signal.SIGINT
