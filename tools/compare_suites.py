@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -18,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from compare_run import Spec, setup_of
-from rivals import options_of, parse
+from rivals import LOQT_OPTIONS, candidates_of, options_of, parse, run_options, start_of
+from rivals_base import check_rank
 
 from loqt_ds.config import Config, load_config
 from loqt_ds.data.files import check_files, resolve_paths
@@ -63,15 +65,18 @@ PUBLISHED: Rates = {
 RATES_OF_SHAPE: Mapping[str, Rates] = {"llama_60m": PUBLISHED, "llama_130m": PUBLISHED}
 
 
+def family_of(method: str) -> str:
+    """What a contender's name begins with; loqt8bit and loqtcard are LoQT."""
+    return re.sub(r"^(loqtnq|loqt).*", r"\1", parse(method)[0])
+
+
 def rates(method: str, shape: str) -> tuple[float, float]:
     """The stored rates of a method: its own, with its options, else those of its family.
 
     Raises ValueError for a method without any.
     """
-    family = parse(method)[0]
-    plain = re.sub(r"^(loqtnq|loqt).*", r"\1", family)  # loqt8bit and loqtcard are LoQT
     for table in (RATES_OF_SHAPE.get(shape, {}), RATES):
-        for name in (method, family, plain):
+        for name in (method, parse(method)[0], family_of(method)):
             if name in table:
                 return table[name]
     raise ValueError(f"method {method!r} has no stored learning rate; there is one for {', '.join(RATES)}")
@@ -148,7 +153,7 @@ class Variant:
     changes: Mapping[str, Any] = field(default_factory=dict)
 
     def contender(self, rank: int) -> str:
-        """Its name; options that are shipped anyway are left out, so that the shipped one is trained once."""
+        """Its name; options that LoQT is trained with anyway are left out, so that this is trained once."""
         full = self.method if self.method in ("adamw", "adamw8bit") else f"{self.method}:{round(self.rank * rank)}"
         return "+".join([full, *(option for option in self.options if not is_shipped(option))])
 
@@ -160,7 +165,8 @@ class Suite:
     scales: (shape, rank of all methods that have one). methods: contenders' names, with {rank} and {tenth} (of the
     steps) in them. search: factors on the stored rates that are tried with seed 0 on the first data set; none: the
     stored rates. variants_on: data sets that the variants are run on; None: all. memory: what is drawn as components of
-    memory, and on which shape, with which rank. vocabulary: of the tokenizer that is trained on each data set.
+    memory, and on which shape, with which rank. vocabulary: of the tokenizer that is trained on each data set;
+    memory_vocabulary: of another one for the components of memory, of which embeddings and head are a good part.
     """
 
     name: str
@@ -174,6 +180,7 @@ class Suite:
     memory: tuple[Variant, ...] = ()
     memory_scale: tuple[str, int] = ("llama_60m", 128)
     vocabulary: int = 4096
+    memory_vocabulary: int = 32000
     num_data: int = 1
     jobs: int = 2
 
@@ -181,8 +188,13 @@ class Suite:
     def steps(self) -> int:
         return int(self.spec["steps"])
 
+    def vocabulary_of(self, part: str) -> int:
+        """Of the tokenizer for a row's part."""
+        return self.memory_vocabulary if part == "memory" else self.vocabulary
+
     def contenders(self, rank: int) -> list[str]:
-        return [method.format(rank=rank, tenth=round(0.1 * self.steps)) for method in self.methods]
+        told = {"{rank}": rank, "{tenth}": round(0.1 * self.steps)}
+        return [re.sub("|".join(told), lambda found: str(told[found[0]]), method) for method in self.methods]
 
 
 ALL_METHODS = (  # those first that say most
@@ -219,10 +231,7 @@ ABLATIONS = (
     Variant(PAPER, "no quantization", method="loqtnq"),
     *values("Iterations of compensation", "loqt.compensation_steps", "0", "1", "5"),
     *values("Quantization of P", "loqt.quantize_p", "nf4", "none"),
-    *(
-        Variant("Format of W and P", v, (f"loqt.quantize_w={v}", f"loqt.quantize_p={v}"))
-        for v in ("nf4", "fp4", "int4")
-    ),
+    *(Variant(FORMAT, v, (f"loqt.quantize_w={v}", f"loqt.quantize_p={v}")) for v in ("nf4", "fp4", "int4")),
     *values("Double quantization", "loqt.double_quant", "none", "w", "p", "both"),
     *values("Schedule of re-initializations", "loqt.schedule", "exponential", "static"),
     *(Variant("Rank", label, rank=rank) for label, rank in (("half", 0.5), ("as shipped", 1.0), ("twice", 2.0))),
@@ -248,8 +257,6 @@ MEMORY_COMPONENTS = (
     Variant(COMPONENTS, "LoQT, 8-bit Adam, layer-wise", ("optim.name=adamw8bit", *LAYERWISE)),
 )
 MEMORY_SPEC = {"steps": 4, "interval": 2, "rows": 4, "eval_every": 4, "eval_tokens": 1024, "final_tokens": 1024}
-
-BLOCKS = ("32", "64", "128")  # 64 is the shipped one, as a control
 
 # What may become a default: tried on two data sets and with three seeds (benchmarks/DEFAULTS.md).
 CANDIDATES = (
@@ -322,56 +329,68 @@ def shipped(option: str) -> Any:
     return getattr(getattr(Config(), section), name)
 
 
+def shipped_growth() -> float | None:
+    """Of LoQT's intervals; None: they are all the same."""
+    return float(shipped("loqt.growth")) if shipped("loqt.schedule") == "exponential" else None
+
+
+@cache
+def shipped_config() -> Config:
+    """What LoQT without options is trained with here; its interval and rank are a suite's."""
+    setup = setup_of(Spec("loqt:1", (), 1e-3, 1e-3, growth=shipped_growth()), 256)  # type: ignore[arg-type]
+    return setup.config(*setup.schedule(), f"optim.name={shipped('optim.name')}")
+
+
 @cache
 def is_shipped(option: str) -> bool:
-    """Whether an option, NAME=VALUE, is as shipped. Candidates never are."""
+    """Whether LoQT is trained with an option, NAME=VALUE, in any case: one of the method's own, that no suite sets, or
+    the optimizer. What is set beside these (clipping, rates) is not as shipped. Candidates never are."""
     name, _, _ = option.partition("=")
-    if name.startswith("candidate."):
-        return False
     section, _, inner = name.partition(".")
+    if (section != "loqt" and name != "optim.name") or inner in ("rank", "interval", "growth"):
+        return False
     given = load_config(None, ["model.shape=llama_2m", option])
-    return bool(getattr(getattr(given, section), inner) == shipped(name))
+    return bool(getattr(getattr(given, section), inner) == getattr(getattr(shipped_config(), section), inner))
 
 
 def with_optimizer(method: str) -> str:
-    """LoQT's name with the shipped optimizer, where it names none."""
-    if not parse(method)[0].startswith("loqt") or any(
-        option.startswith("optim.name=") for option in options_of(method)
-    ):
+    """LoQT's name with the shipped optimizer, where it names none; loqt8bit and loqtcard have theirs."""
+    named = any(option.startswith("optim.name=") for option in options_of(method))
+    if named or parse(method)[0] not in ("loqt", "loqtnq"):
         return method
     return f"{method}+optim.name={shipped('optim.name')}"
 
 
-def check(method: str, suite: Suite) -> None:
-    """Raises ValueError for a method that does not exist, or whose options do not."""
-    for shape, _ in suite.scales:
-        lr, lr_full_rank = rates(method, shape)
-        spec = Spec(with_optimizer(method), (), lr, lr_full_rank, **{**suite.spec, "shape": shape, "device": "cpu"})
-        if not parse(method)[0].startswith("loqt"):
-            continue
-        options = [option for option in options_of(spec.method) if not option.startswith("candidate.")]
-        setup_of(spec, suite.vocabulary).config(*options)
-        check_candidates(options_of(spec.method))
+def check(spec: Spec, vocabulary: int) -> None:
+    """Raises ValueError for a run whose method does not exist, or whose options, rank or candidates cannot be."""
+    setup = setup_of(replace(spec, device="cpu"), vocabulary)
+    method, rank = parse(spec.method)
+    if rank is not None:
+        check_rank(spec.method, setup, rank)
+    if method.startswith("loqt"):
+        setup.config(*setup.schedule(), *LOQT_OPTIONS[method], *run_options(spec.method))
+        if chosen := candidates_of(spec.method):
+            import candidates
 
-
-def check_candidates(options: Sequence[str]) -> None:
-    """Raises ValueError for a candidate that there is not."""
-    prefix = "candidate."
-    chosen = dict(option.removeprefix(prefix).split("=", 1) for option in options if option.startswith(prefix))
-    if chosen:
-        import candidates
-
-        candidates.check(chosen)
+            candidates.check(chosen)
+    elif method == "relora" and start_of(spec.method) >= spec.steps:
+        raise ValueError(
+            f"{spec.method}: all {spec.steps} steps would be in full rank; give a start below the number of steps"
+        )
 
 
 def check_all(suite: Suite) -> None:
-    """Raises ValueError for a method or variant of a suite that cannot be run."""
-    for _, rank in suite.scales:
-        for method in [*suite.contenders(rank), *(variant.contender(rank) for variant in suite.variants)]:
-            check(method, suite)
+    """Raises ValueError for a row of a suite that cannot be run."""
+    plan = Plan(replace(suite, search=(), seeds=1, variants_on=1), [DataSet(STDLIB)])
+    for row in plan.rows({}):
+        assert row.spec is not None  # there is no search
+        check(row.spec, suite.vocabulary_of(row.part))
 
 
 # ---------------------------------------------------------------- a run's name
+
+# To be raised where a change of the code or of a package makes a family's earlier runs another method's.
+VERSIONS: dict[str, int] = dict.fromkeys(RATES, 0)
 
 
 def portable(option: str) -> str:
@@ -393,9 +412,13 @@ def shipped_digest() -> dict[str, Any]:
 
 @cache
 def key(spec: Spec) -> str:
-    """The name of a run's directory: readable, and a hash of all that the run depends on.
+    """The name of a run's directory: readable, and a hash of what the run is told: its `Spec`, the names and sizes of
+    the files that it reads, and, of LoQT, the shipped defaults.
 
-    A field of Spec that has its default is left out of the hash, so that a new field changes no name.
+    A field of Spec that has its default is left out of the hash, so that a new field changes no name. Left out are also
+    the code and the packages (`VERSIONS` is raised by hand where they change what a method does), the content of files
+    of the same name and size, Python's version, whose source stdlib is, and the machine: after a change of these, take
+    another --work.
     """
     said = {
         item.name: getattr(spec, item.name)
@@ -405,8 +428,11 @@ def key(spec: Spec) -> str:
     said["data"] = [portable(option) for option in spec.data]
     if Path(spec.shape).is_file():
         said["shape"] = Path(spec.shape).read_text()
-    if parse(spec.method)[0].startswith("loqt"):
+    family = family_of(spec.method)
+    if family.startswith("loqt"):
         said["shipped"] = shipped_digest()
+    if VERSIONS[family]:
+        said["version"] = VERSIONS[family]
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:10]
     readable = f"{Path(spec.shape).stem}-{spec.method}-{spec.lr:g}-{spec.seed}"
     return f"{re.sub(r'[^A-Za-z0-9.=-]+', '_', readable)[:90]}-{digest}"
@@ -449,8 +475,10 @@ class Choice:
 
 
 def final_loss(result: Result | None) -> float | None:
-    """Held-out loss at the end; None where a run has none."""
-    return result["final"]["loss"] if result is not None and result["status"] == "done" else None
+    """Held-out loss at the end; None where a run has none, or none that is finite."""
+    if result is None or result["status"] != "done" or not math.isfinite(result["final"]["loss"]):
+        return None
+    return float(result["final"]["loss"])
 
 
 def choose(found: Iterable[tuple[float, Result | None]]) -> Choice:
@@ -533,7 +561,10 @@ class Plan:
             return row
         factor = 1.0 if choice.factor is None else choice.factor
         lr, lr_full_rank = (float(f"{factor * rate:.6g}") for rate in rates(row.contender, row.shape))
-        options = (*self.data[row.data].options, f"data.tokenizer_vocab_size={self.suite.vocabulary}")
+        vocabulary = self.suite.vocabulary_of(row.part)
+        options = (*self.data[row.data].options, f"data.tokenizer_vocab_size={vocabulary}")
         content = {"lr": lr, "lr_full_rank": lr_full_rank, **self.suite.spec, **dict(row.changes)}
+        if parse(row.contender)[0].startswith("loqt"):
+            content = {"growth": shipped_growth()} | content
         spec = Spec(with_optimizer(row.contender), options, seed=row.seed, shape=row.shape, **content)
         return replace(row, factor=factor, spec=spec)

@@ -52,12 +52,42 @@ def write_data(folder: Path, *names: str) -> list[Path]:
 def test_every_suite_can_be_run(suites: Any) -> None:
     for suite in suites.SUITES.values():
         suites.check_all(suite)
-    with pytest.raises(ValueError, match="compensation_stepz"):
-        suites.check("loqt:32+loqt.compensation_stepz=1", suites.SUITES["small"])
-    with pytest.raises(ValueError, match="no method 'adam'"):
-        suites.check("adam", suites.SUITES["small"])
-    with pytest.raises(ValueError, match="nonsense"):
-        suites.check("loqt:32+candidate.nonsense=1", suites.SUITES["small"])
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("loqt:32+loqt.compensation_stepz=1", "compensation_stepz"),
+        ("loqt:32+loqt.alpha={x}", "loqt.alpha"),
+        ("loqt:32+optim.layerwise=true+train.max_grad_norm_per_parameter=1.0", "optim.layerwise"),
+        ("loqt:32+candidate.nonsense=1", "nonsense"),
+        ("adam", "no method 'adam'"),
+        ("galore:4000", "4000"),
+        ("loqt:4000", "4000"),
+        ("relora:32+start=400", "start"),
+    ],
+)
+def test_methods_that_cannot_be_run_are_refused(suites: Any, method: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        suites.check_all(replace(suites.SUITES["small"], methods=("adamw", method)))
+
+
+def test_a_variant_or_component_that_cannot_be_run_is_refused(suites: Any) -> None:
+    wrong = (suites.Variant("", "", ("optim.layerwise=true",)),)
+    for name in ("variants", "memory"):
+        with pytest.raises(ValueError, match="optim.layerwise"):
+            suites.check_all(replace(suites.SUITES["small"], methods=("adamw",), **{name: wrong}))
+
+
+def test_layerwise_components_clip_as_they_can(suites: Any) -> None:
+    for variant in suites.MEMORY_COMPONENTS:
+        for option in variant.options:
+            assert suites.is_shipped(option) or f"+{option}" in variant.contender(8)
+    plan = suites.Plan(suites.SUITES["full"], [suites.DataSet("one"), suites.DataSet("two")])
+    rows = [row for row in plan.rows({}) if row.part == "memory"]
+    assert {option for row in rows for option in row.spec.data} == {"data.tokenizer_vocab_size=32000"}
+    config = suites.setup_of(rows[-1].spec, 256).config(*suites.run_options(rows[-1].spec.method))
+    assert (config.optim.layerwise, config.train.max_grad_norm) == (True, None)
 
 
 def test_the_small_suite_is_what_was_promised(suites: Any) -> None:
@@ -100,9 +130,34 @@ def test_shipped_options_make_no_run_of_their_own(suites: Any, monkeypatch: pyte
     assert suites.Variant("", "", (other,), rank=0.5).contender(16) == f"loqt:8+{other}"
     assert suites.Variant("", "", ("candidate.stochastic=1",)).contender(16) == "loqt:16+candidate.stochastic=1"
     assert suites.Variant("", "", method="adamw").contender(16) == "adamw"
+    for option in ("train.max_grad_norm=null", "optim.lr=0.001", "candidate.stochastic=1", "loqt.interval=100"):
+        assert not suites.is_shipped(option)  # what runs set themselves, and what no product has
     for option in ("loqt.double_quant=none", "loqt.optimizer_state=keep", "optim.name=adamw"):
         name, _, value = option.partition("=")
         assert suites.is_shipped(option) == (suites.shipped(name) == value)
+
+
+def test_a_static_schedule_may_be_shipped(suites: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    was, caches = suites.shipped, (suites.is_shipped, suites.shipped_config, suites.key)
+    monkeypatch.setattr(suites, "shipped", lambda option: "static" if option == "loqt.schedule" else was(option))
+    for cached in caches:
+        cached.cache_clear()
+    plan = suites.Plan(replace(suites.SUITES["small"], methods=("adamw", "loqt:8")), [suites.DataSet("one")])
+    base, ours = (row.spec for row in plan.rows({}))
+    setup = suites.setup_of(ours, 256)
+    assert setup.config(*setup.schedule()).loqt.schedule == "static" and base.growth == 1.2
+    assert suites.Variant("", "", ("loqt.schedule=static",)).contender(8) == "loqt:8"
+    assert suites.Variant("", "", ("loqt.schedule=exponential",)).contender(8) == "loqt:8+loqt.schedule=exponential"
+    for cached in caches:
+        cached.cache_clear()
+
+
+def test_only_what_names_no_optimizer_has_the_shipped_one(suites: Any) -> None:
+    told = f"+optim.name={suites.shipped('optim.name')}"
+    for method in ("loqt:8", "loqtnq:8", "loqt:8+candidate.stochastic=1"):
+        assert suites.with_optimizer(method) == method + told
+    for method in ("loqt8bit:8", "loqtcard:8", "adamw", "galore:8", "loqt:8+optim.name=adamw"):
+        assert suites.with_optimizer(method) == method
 
 
 # ---------------------------------------------------------------- data
@@ -187,6 +242,18 @@ def test_a_shipped_default_makes_other_runs_of_loqt_alone(suites: Any, monkeypat
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, False]
 
 
+def test_a_raised_version_makes_other_runs_of_one_family(suites: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = [suites.Spec(method, (), 1e-3, 1e-3) for method in ("adamw", "galore:8", "loqt:8", "loqt8bit:8")]
+    names = []
+    for version in (0, 0, 1, 2):
+        monkeypatch.setitem(suites.VERSIONS, "galore", version)
+        suites.key.cache_clear()
+        names.append([suites.key(spec) for spec in specs])
+    suites.key.cache_clear()
+    assert names[0] == names[1] and len({tuple(found) for found in names}) == 3
+    assert {(found[0], *found[2:]) for found in names} == {(names[0][0], *names[0][2:])}
+
+
 # ---------------------------------------------------------------- the search and the rows
 
 
@@ -194,7 +261,8 @@ def test_the_best_rate_is_chosen(suites: Any) -> None:
     generator = random.Random(0)
     for _ in range(50):
         factors = generator.sample([0.25, 0.5, 1.0, 2.0, 4.0], 4)
-        ends = [[done(generator.uniform(3, 5)), {"status": "diverged"}, {"status": "failed"}] for _ in factors]
+        ends = [[done(generator.uniform(3, 5)), {"status": "diverged"}, {"status": "failed"}, done(math.nan)]
+                for _ in factors]  # fmt: skip
         found = [(factor, generator.choice(end)) for factor, end in zip(factors, ends, strict=True)]
         expected, best = None, math.inf
         for factor, result in found:
