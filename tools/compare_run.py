@@ -22,6 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from loqt_ds.evaluation import Evaluation, evaluate
 from loqt_ds.trainer import peak_memory_gib
 
 STATUS = {"done": 0, "diverged": 0, "failed": 1, "paused": 75}  # of the process
+PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "galore-torch", "q-galore-torch", "apollo-torch")
 DIVERGED_AT = 3.0  # nats above the loss of the untrained model
 
 
@@ -45,8 +47,8 @@ class Spec:
     method: a contender's name (`rivals`). data: options of a run, such as `data.path=FILE`, that say what is read.
     lr: of what takes the place of the adapted weights; lr_full_rank: of embeddings, norms and head. rows, length: of a
     step. interval, growth: of re-initializations, and of the refreshes of others' projections (interval only).
-    eval_every: steps between evaluations on the first eval_tokens held-out tokens; the last is on final_tokens of them,
-    or on all (None).
+    eval_every: steps between evaluations on the first eval_tokens held-out tokens; what the run is judged by are the
+    first final_tokens of them, or all (None).
     """
 
     method: str
@@ -132,40 +134,64 @@ class Comparand:
     def __init__(self, spec: Spec, directory: Path, pauses: Callable[[], bool] = lambda: False) -> None:
         self.spec, self.directory, self.pauses = spec, directory, pauses
         self.bundle, vocab_size = open_data(spec)
-        self.before = peak_memory_gib(torch.device(spec.device))
+        self.device = torch.device(spec.device)
+        self.before = peak_memory_gib(self.device)
         self.contender = build(spec.method, setup_of(spec, vocab_size))
         self.curve: list[tuple[int, float]] = []  # (tokens seen, held-out loss)
         self.losses: list[float] = []  # of training, by step
         self.seconds, self.refreshes = 0.0, []  # type: tuple[float, list[float]]
-        self.gradients = 0
+        # what most was needed of, bytes; above: of the process, more than before there was a model
+        self.most = {"gradients": 0, "states": 0, "above": 0}
         self.notes: list[str] = []
+        self.num_parts = 1  # processes that this run has taken
+        self.final: Evaluation | None = None
 
     def evaluate(self, max_tokens: int | None) -> Evaluation:
         batches = self.bundle.validation.batches(self.spec.rows, max_tokens)
-        return evaluate(self.contender.model, batches, torch.device(self.spec.device))
+        return evaluate(self.contender.model, batches, self.device)
 
-    def note_progress(self, step: int) -> None:
-        now = {"step": step, "steps": self.spec.steps, "seconds": self.seconds, "loss": self.losses[-1]}
+    def note_progress(self) -> None:
+        now = {"step": len(self.losses), "steps": self.spec.steps, "seconds": self.seconds, "loss": self.losses[-1]}
         write_whole(self.directory / "progress.json", now)
 
     def run(self) -> str:
         """Trains; returns done, diverged or paused."""
         self._restore()
         if not self.curve:
-            self.curve.append((0, self.evaluate(self.spec.eval_tokens).loss))
-        first = self.curve[0][1]
+            self._extend_curve()
         for step in range(len(self.losses), self.spec.steps):
-            if self.pauses():
+            if not self._is_sane(self._step()):
+                return "diverged"
+            ended = step + 1 == self.spec.steps
+            if ended or (step + 1) % self.spec.eval_every == 0:
+                if not self._is_sane(self._extend_curve()):
+                    return "diverged"
+                self._save()
+            # after a step at least, so that a run whose parts are short comes to an end as well
+            if not ended and self.pauses():
                 self._save()
                 return "paused"
-            if not self._step(step, first):
-                return "diverged"
-            if (step + 1) % self.spec.eval_every == 0 and step + 1 < self.spec.steps:
-                self.curve.append((self._tokens(step), self.evaluate(self.spec.eval_tokens).loss))
-        return "done"
+        self.final = self.evaluate(self.spec.final_tokens)
+        return "done" if self._is_sane(self.final.loss) else "diverged"
+
+    def _is_sane(self, loss: float) -> bool:
+        """Whether a loss is one to go on from."""
+        return math.isfinite(loss) and loss < self.curve[0][1] + DIVERGED_AT
+
+    def _extend_curve(self) -> float:
+        """The loss on the first held-out tokens, as it is now."""
+        self._measure()
+        loss = self.evaluate(self.spec.eval_tokens).loss
+        self.curve.append((len(self.losses) * self.spec.rows * self.spec.length, loss))
+        return loss
+
+    def _measure(self) -> None:
+        above = round((peak_memory_gib(self.device) - self.before) * 2**30)
+        for name, size in (("states", self.contender.num_bytes()["states"]), ("above", above)):
+            self.most[name] = max(self.most[name], size)
 
     # what a run has gathered so far, beside the contender's own state and the place in the data
-    GATHERED = ("curve", "losses", "seconds", "refreshes", "gradients", "notes")
+    GATHERED = ("curve", "losses", "seconds", "refreshes", "most", "notes", "num_parts")
 
     def _save(self) -> None:
         state = {name: getattr(self, name) for name in self.GATHERED}
@@ -178,60 +204,79 @@ class Comparand:
         file = self.directory / "state.pt"
         if not file.is_file():
             return
-        state = torch.load(file, map_location=self.spec.device, weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
         self.contender.restore(state["contender"])
         self.bundle.train.load_state_dict(state["data"])
         for name in self.GATHERED:
             setattr(self, name, state[name])
+        self.num_parts += 1
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)  # reading the state is not part of the method
 
-    def _tokens(self, step: int) -> int:
-        return (step + 1) * self.spec.rows * self.spec.length
-
-    def _step(self, step: int, first: float) -> bool:
-        """Takes a step; whether the loss is still one to go on from."""
-        batch = self.bundle.train.next_batch()
-        taken = self.contender.step(batch)
+    def _step(self) -> float:
+        """Takes a step; its loss."""
+        taken = self.contender.step(self.bundle.train.next_batch())
         self.losses.append(taken.loss)
         self.seconds += taken.total
-        self.gradients = max(self.gradients, taken.gradients)
+        self.most["gradients"] = max(self.most["gradients"], taken.gradients)
         if taken.inside is not None:
             self.refreshes.append(taken.inside)
-        self.notes += [f"step {step + 1}: {note}" for note in taken.notes]
-        if step % 10 == 0:
-            self.note_progress(step + 1)
-        return math.isfinite(taken.loss) and taken.loss < first + DIVERGED_AT
+        self.notes += [f"step {len(self.losses)}: {note}" for note in taken.notes]
+        if len(self.losses) % 10 == 1:
+            self.note_progress()
+        return taken.loss
 
     def result(self, status: str) -> dict[str, Any]:
         spec, model = self.spec, self.contender.model
-        peak = peak_memory_gib(torch.device(spec.device))
+        self._measure()
+        held = {"weights": self.contender.num_bytes()["weights"], "model": model_bytes(model)}
         content: dict[str, Any] = {
             "spec": asdict(spec),
             "status": status,
             "trained_parameters": self.contender.num_trained(),
-            "bytes": self.contender.num_bytes() | {"gradients": self.gradients, "model": model_bytes(model)},
-            "peak_memory_gib": peak,
+            "bytes": held | {name: self.most[name] for name in ("gradients", "states")},
+            "peak_memory_gib": self.before + self.most["above"] / 2**30,
             "memory_before_model_gib": self.before,
+            "num_parts": self.num_parts,
             "seconds": self.seconds,
             "tokens_per_second": len(self.losses) * spec.rows * spec.length / max(self.seconds, 1e-9),
             "refresh_seconds": sum(self.refreshes),
             "num_refreshes": len(self.refreshes),
-            "losses": self.losses,
+            "losses": [finite(loss) for loss in self.losses],
             "notes": self.notes[:50],
+            "curve": [(tokens, finite(loss)) for tokens, loss in self.curve],
+            "data": self.bundle.summary,
         }
         if status == "done":
-            final = self.evaluate(spec.final_tokens)
-            self.curve.append((self._tokens(spec.steps - 1), final.loss))
-            num_batches = -(-final.num_tokens // (spec.rows * spec.length))
+            assert self.final is not None
+            num_batches = -(-self.final.num_tokens // (spec.rows * spec.length))
             # the family's evaluators divide the summed loss by one batch too many (ALGORITHM.md)
-            biased = math.exp(min(final.loss * num_batches / (num_batches + 1), 700.0))
-            content["final"] = final.record() | {"biased_perplexity": biased, "num_batches": num_batches}
-        return content | {"curve": self.curve, "data": self.bundle.summary}
+            biased = math.exp(min(self.final.loss * num_batches / (num_batches + 1), 700.0))
+            content["final"] = self.final.record() | {"biased_perplexity": biased, "num_batches": num_batches}
+        return content
+
+
+def finite(value: float) -> float | None:
+    """JSON has no number for what is not finite."""
+    return value if math.isfinite(value) else None
+
+
+def packages() -> dict[str, str]:
+    """Versions of what takes part, where it is installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def run(spec: Spec, directory: Path, pauses: Callable[[], bool] = lambda: False) -> dict[str, Any]:
     """Trains, judges, writes DIRECTORY/result.json, and returns what it says: also of a run that failed.
 
-    `pauses` is asked before every step. Where it says so, the run's state is kept and nothing is judged.
+    `pauses` is asked after every step. Where it says so, the run's state is kept and nothing is judged. It is kept at
+    every evaluation as well, so that a process that is killed loses no more than what came after.
     """
     directory.mkdir(parents=True, exist_ok=True)
     try:
@@ -242,7 +287,7 @@ def run(spec: Spec, directory: Path, pauses: Callable[[], bool] = lambda: False)
     except Exception as error:  # a comparison goes on without a method that fails, and shows what it said
         traceback.print_exc()
         content = {"spec": asdict(spec), "status": "failed", "error": f"{type(error).__name__}: {error}"}
-    content["machine"] = machine(torch.device(spec.device))
+    content |= {"machine": machine(torch.device(spec.device)), "packages": packages()}
     write_whole(directory / "result.json", content)
     (directory / "state.pt").unlink(missing_ok=True)
     return content

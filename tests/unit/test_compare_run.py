@@ -91,12 +91,12 @@ def test_a_run_that_paused_is_the_same_run(
     straight = compare_run.run(spec, tmp_path / "straight")
     assert straight["status"] == "done", straight
     for _ in range(5):
-        asked = iter([False, True])  # one step each time
-        assert compare_run.run(spec, tmp_path / "paused", asked.__next__)["status"] == "paused"
+        assert compare_run.run(spec, tmp_path / "paused", lambda: True)["status"] == "paused"
         assert not (tmp_path / "paused/result.json").exists()
     result = compare_run.run(spec, tmp_path / "paused")
     assert not (tmp_path / "paused/state.pt").exists()
-    for name in ("losses", "curve", "final", "trained_parameters"):
+    assert result["num_parts"] == 6
+    for name in ("losses", "curve", "final", "trained_parameters", "num_refreshes"):
         assert result[name] == straight[name], name
 
 
@@ -116,6 +116,8 @@ def test_all_methods_see_the_same_rows(compare_run: Any, content: dict[str, Any]
         ("adamw", {"lr": 3e3, "lr_full_rank": 3e3}, "diverged", ""),
         ("loqt:4000", {}, "failed", "loqt.rank=4000"),
         ("adamw", {"rows": 4000, "length": 64}, "failed", "tokens"),
+        # the last update is judged as well, by the evaluations after it
+        ("adamw", {"lr": 1e9, "lr_full_rank": 1e9, "steps": 1}, "diverged", ""),
     ],
 )
 def test_what_goes_wrong_is_a_result(
@@ -124,7 +126,29 @@ def test_what_goes_wrong_is_a_result(
     result = compare_run.run(compare_run.Spec(method, **{**content, **changes}), tmp_path)
     assert result["status"] == status
     assert told in result.get("error", "")
+    assert "NaN" not in (tmp_path / "result.json").read_text()
     assert json.loads((tmp_path / "result.json").read_text())["status"] == status
+
+
+def test_a_run_that_was_killed_goes_on_from_its_last_evaluation(
+    compare_run: Any, content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = compare_run.Spec("loqt:8", **content)
+    straight = compare_run.run(spec, tmp_path / "straight")
+    original = compare_run.Comparand._step
+
+    def killed(self: Any) -> float:
+        if len(self.losses) == 5:
+            raise SystemExit  # no Exception: nothing is written after it
+        return float(original(self))
+
+    monkeypatch.setattr(compare_run.Comparand, "_step", killed)
+    with pytest.raises(SystemExit):
+        compare_run.run(spec, tmp_path / "killed")
+    monkeypatch.undo()
+    saved = torch.load(tmp_path / "killed/state.pt", weights_only=True)
+    assert len(saved["losses"]) == 3
+    assert compare_run.run(spec, tmp_path / "killed")["losses"] == straight["losses"]
 
 
 def test_descriptions_with_unknown_fields_are_refused(compare_run: Any, content: dict[str, Any]) -> None:
