@@ -73,6 +73,9 @@ def freeze_in_nf4(model: nn.Module, linears: dict[str, nn.Linear], device: str, 
             weight.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=double, module=frozen
         )
         frozen.bias = bias
+        # On CPUs with AVX512-BF16 an evaluation would repack the codes for a kernel that has no backward, and training
+        # would go on with that: no gradient came through W any more.
+        frozen.support_avx512bf16_for_cpu = False
         model.set_submodule(path, frozen.to(device))  # which quantizes
     model.is_loaded_in_4bit = True  # type: ignore[assignment]  # PEFT asks
 

@@ -15,6 +15,7 @@ from small_rivals import HIDDEN, LAYERS, batch_of, build, modules, write_shape
 from torch import Tensor, nn
 
 from loqt_ds.core.quantization import QuantSpec, dequantize, quantize
+from loqt_ds.evaluation import evaluate
 
 RANK = 8
 
@@ -191,6 +192,15 @@ def test_loftq_alternates(rivals: Any, shape: str, dtype: str) -> None:
         assert errors[-1] < 0.97 * errors[0], "further steps help"
         nearest = dequantize(quantize(original, spec), original.shape, spec)
         assert (original - frozen - product(layer).float()).norm() < 0.9 * (original - nearest).norm()
+
+
+@pytest.mark.parametrize("name", ["qlora:8", "loftq:8"])
+def test_an_evaluation_changes_no_training(rivals: Any, shape: str, name: str) -> None:
+    """bitsandbytes repacks frozen codes in an evaluation, where the CPU has AVX512-BF16."""
+    one, other = (build(rivals, name, shape, lr=1e-2) for _ in range(2))
+    for number in range(3):
+        evaluate(other.model, [batch_of(9)], torch.device("cpu"))
+        assert one.step(batch_of(number)).loss == other.step(batch_of(number)).loss
 
 
 def test_relora_merges_and_starts_anew(rivals: Any, shape: str) -> None:
