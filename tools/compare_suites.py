@@ -261,8 +261,9 @@ MEMORY_SPEC = {"steps": 4, "interval": 2, "rows": 4, "eval_every": 4, "eval_toke
 # What may become a default: tried on two data sets and with three seeds (benchmarks/DEFAULTS.md).
 CANDIDATES = (
     *values("Adam's moments of B at a re-initialization", "loqt.optimizer_state", "keep", "project", "reset"),
-    Variant("Steps between re-initializations", "half", changes={"interval": 10}),
-    Variant("Steps between re-initializations", "twice", changes={"interval": 40}),
+    *values("Steps between re-initializations", "loqt.interval", "10", "40"),
+    *values("Learning rate of embeddings, norms and head", "optim.lr_full_rank", "0.04"),
+    Variant("Rank", "twice", rank=2.0),
     *values("Error feedback", "candidate.error_feedback", "fp32"),
     *values("Scales of blocks", "candidate.absmax", "search"),
     *values("Stochastic rounding of W", "candidate.stochastic", "1"),
@@ -271,15 +272,9 @@ CANDIDATES = (
     *values("Vectors of P", "candidate.basis", "sample"),
     *values("P aligned with the one before", "candidate.align", "1"),
     *values("Adam's moments, more ways", "candidate.momentum", "transport"),
-    *values("Compensation from the codes that are there", "candidate.factor", "keep"),
-    *values("When to re-initialize: part of the energy still captured", "candidate.criterion", "0.9"),
-    *(Variant("Sketch", v, ("loqt.subspace=sketch", f"candidate.sketch={v}")) for v in ("gauss", "moment")),
-    Variant("Learning rate after it", "from zero, 10 steps", ("optim.schedule=cosine_rewarmup",)),
-    *(Variant("Values to a scale", v, ("loqt.quantize_w=none", f"candidate.blocksize={v}")) for v in ("64", "32")),
-    *values("Scale alpha", "loqt.alpha", "0.25"),
-    Variant("Learning rate of embeddings, norms and head", "0.04", changes={"lr_full_rank": 0.04}),
+    Variant("Sketch", "moment", ("loqt.subspace=sketch", "candidate.sketch=moment")),
+    Variant("Learning rate after a re-initialization", "from zero, 10 steps", ("optim.schedule=cosine_rewarmup",)),
     *values("Iterations of compensation", "loqt.compensation_steps", "0"),
-    Variant("Rank", "twice", rank=2.0),
 )
 
 SMALL = {"steps": 400, "interval": 40, "eval_every": 50}
@@ -528,24 +523,23 @@ class Plan:
                     # what no rate could train is shown once, with the stored one
                     if choice.factor is not None or choice.is_open or is_first:
                         yield self._filled(Row("method", method, method, data, shape, seed), choice)
-        if shape == self.suite.scales[0][0]:
-            yield from self._memory_rows()
-        yield from self._variant_rows(shape, rank, choices)
+            if seed == 0 and shape == self.suite.scales[0][0]:
+                yield from self._memory_rows()
+            yield from self._variant_rows(shape, rank, seed, choices)
 
     def _searched(self, method: str, shape: str, factor: float) -> Row:
         return self._filled(Row("search", method, method, self._first, shape, 0), Choice(factor))
 
-    def _variant_rows(self, shape: str, rank: int, choices: Mapping[str, Choice]) -> Iterator[Row]:
+    def _variant_rows(self, shape: str, rank: int, seed: int, choices: Mapping[str, Choice]) -> Iterator[Row]:
         """With the rates that were found for the method of the same family."""
         found: dict[str, Choice] = {}
         for method, choice in choices.items():
             found.setdefault(parse(method)[0], choice)
-        for seed in range(self.suite.seeds):
-            for data in list(self.data)[: self.suite.variants_on]:
-                for variant in self.suite.variants:
-                    contender, changes = variant.contender(rank), tuple(variant.changes.items())
-                    row = Row("variant", variant.label, contender, data, shape, seed, variant.group, changes)
-                    yield self._filled(row, found.get(parse(contender)[0], Choice(1.0)))
+        for data in list(self.data)[: self.suite.variants_on]:
+            for variant in self.suite.variants:
+                contender, changes = variant.contender(rank), tuple(variant.changes.items())
+                row = Row("variant", variant.label, contender, data, shape, seed, variant.group, changes)
+                yield self._filled(row, found.get(parse(contender)[0], Choice(1.0)))
 
     def _memory_rows(self) -> Iterator[Row]:
         shape, rank = self.suite.memory_scale

@@ -311,6 +311,15 @@ def test_rows_wait_for_the_search(suites: Any, plan: Any) -> None:
     assert found[0].key in results  # the search's run is the seed 0's
 
 
+def test_one_seed_after_the_other(suites: Any, plan: Any) -> None:
+    memory = suites.MEMORY_COMPONENTS[:2]
+    rows = suites.Plan(replace(plan.suite, search=(), memory=memory), list(plan.data.values())).rows({})
+    assert [(part, seed) for (part, seed), _ in itertools.groupby(rows, lambda row: (row.part, row.seed))] == [
+        *(("method", 0), ("memory", 0), ("variant", 0)),
+        *((part, seed) for seed in (1, 2) for part in ("method", "variant")),
+    ]
+
+
 def test_variants_take_the_rate_of_their_method(suites: Any, plan: Any) -> None:
     known = plan.rows({})[:6]
     results = {row.key: done(4.0 + abs(row.factor - 0.5)) for row in known}
