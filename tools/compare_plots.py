@@ -7,42 +7,52 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from compare_report import BASE, MB, Line, components, curve, end_of, perplexity
+from compare_lines import BASE, MB, Line, components, curve, end_of, perplexity
 
 COMPONENT_COLORS = ("tab:blue", "tab:orange", "tab:green", "0.8")
 
 
-def draw(every: Sequence[Line], output: Path) -> list[str]:
-    """Writes the plots that there is something to draw for; their names."""
+def draw(every: Sequence[Line], output: Path) -> tuple[list[str], dict[str, str]]:
+    """Writes the plots that there is something to draw for; (their names, by the names of others what went wrong).
+
+    Raises ImportError without matplotlib.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
-    drawn = []
-    pictures: dict[str, tuple[str, Callable[[Any, list[Line], Sequence[Line]], None], float]] = {
-        "perplexity": ("method", draw_curves, 5.0),
-        "final": ("method", draw_finals, 4.2),
-        "memory": ("method", draw_memory, 4.2),
-        "search": ("search", draw_search, 5.0),
-        "components": ("memory", draw_memory, 3.6),
-    }
-    for name, (part, draw_one, height) in pictures.items():
-        panels: dict[tuple[str, str], list[Line]] = {}
-        for line in every:
-            if line.part == part and line.runs:
-                panels.setdefault((line.shape, line.data), []).append(line)
-        # a logarithmic axis wants values
-        panels = {where: here for where, here in panels.items() if any(line.done for line in here)}
-        if panels:
-            figure, axes = axes_of(len(panels), height)
-            for ((shape, data), here), ax in zip(panels.items(), axes, strict=False):
-                draw_one(ax, here, every)
-                ax.set_title(f"{Path(shape).stem} on {data}", fontsize=10)
-            figure.savefig(output / f"{name}.png", dpi=120)
-            drawn.append(name)
     from matplotlib import pyplot
 
-    pyplot.close("all")
-    return drawn
+    drawn: list[str] = []
+    lost: dict[str, str] = {}
+    for name in PICTURES:
+        file = output / f"{name}.png"
+        file.unlink(missing_ok=True)  # of an earlier report
+        try:
+            if draw_one(name, every, file):
+                drawn.append(name)
+        except Exception as error:  # the tables are worth more than any plot
+            lost[name] = f"{type(error).__name__}: {error}"
+        finally:
+            pyplot.close("all")
+    return drawn, lost
+
+
+def draw_one(name: str, every: Sequence[Line], file: Path) -> bool:
+    """Whether there was something to draw."""
+    part, draw_panel, height = PICTURES[name]
+    panels: dict[tuple[str, str], list[Line]] = {}
+    for line in every:
+        if line.part == part and line.runs:
+            panels.setdefault((line.shape, line.data), []).append(line)
+    # a logarithmic axis wants values
+    panels = {where: here for where, here in panels.items() if any(line.done for line in here)}
+    if panels:
+        figure, axes = axes_of(len(panels), height)
+        for ((shape, data), here), ax in zip(panels.items(), axes, strict=False):
+            draw_panel(ax, here, every)
+            ax.set_title(f"{Path(shape).stem} on {data}", fontsize=10)
+        figure.savefig(file, dpi=120)
+    return bool(panels)
 
 
 def axes_of(number: int, height: float) -> tuple[Any, list[Any]]:
@@ -73,12 +83,15 @@ def style(label: str, every: Sequence[Line]) -> dict[str, Any]:
 def draw_curves(ax: Any, found: list[Line], every: Sequence[Line]) -> None:
     """Held-out perplexity over tokens: the mean over seeds (of the loss), and the range; a cross where a run
     diverged."""
+    ends_at = sorted(values[-1] for line in found for result in line.done.values() if (values := curve(result)[1]))
+    # what an untrained model has would leave no room for the differences
+    top = 3.0 * ends_at[len(ends_at) // 2] if ends_at else math.inf
     for line in found:
-        runs = [curve(result) for result in line.done.values()]
+        runs = [dict(zip(*curve(result), strict=True)) for result in line.done.values()]
         where = style(line.label, every)
         if runs:
-            tokens = [value / 1e6 for value in runs[0][0]]
-            columns = list(zip(*(values for _, values in runs), strict=True))
+            shared = [value for value in runs[0] if all(value in run for run in runs)]
+            tokens, columns = [value / 1e6 for value in shared], [[run[value] for run in runs] for value in shared]
             middle = [math.exp(sum(map(math.log, column)) / len(column)) for column in columns]
             ax.plot(tokens, middle, label=line.label, linewidth=2.0 if line.label == BASE else 1.3, **where)
             if len(runs) > 1:
@@ -88,15 +101,16 @@ def draw_curves(ax: Any, found: list[Line], every: Sequence[Line]) -> None:
                 continue
             tokens_of, values = curve(result)
             ends = [value / 1e6 for value in (*tokens_of, end_of(result))]
+            last = values[-1] if values else math.inf
             label = None if runs else f"{line.label} (diverged)"
-            ax.plot(ends, [*values, values[-1]], linewidth=1.0, label=label, **where)
-            ax.plot(ends[-1], values[-1], "X", markersize=9, color=where["color"])
+            ax.plot(ends, [*values, last], linewidth=1.0, label=label, **where)
+            # above what is shown it stands at the top edge
+            ax.plot(ends[-1], min(last, top), "X", markersize=9, color=where["color"], clip_on=False)
         if not line.measured:
             ax.plot([], [], "X", color="tab:red", label=f"{line.label} (failed)")
     ax.set(xlabel="tokens trained on, million", ylabel="held-out perplexity", yscale="log")
-    ends_at = [values[-1] for line in found for result in line.done.values() for values in [curve(result)[1]]]
-    if ends_at:  # what an untrained model has would leave no room for the differences
-        ax.set_ylim(0.97 * min(ends_at), 3.0 * sorted(ends_at)[len(ends_at) // 2])
+    if ends_at:
+        ax.set_ylim(0.97 * ends_at[0], top)
     plain_ticks(ax.yaxis)
     ax.grid(alpha=0.3, which="both")
     ax.legend(fontsize=7, ncols=2)
@@ -184,3 +198,12 @@ def draw_search(ax: Any, found: list[Line], every: Sequence[Line]) -> None:
     plain_ticks(ax.yaxis)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+
+
+PICTURES: dict[str, tuple[str, Callable[[Any, list[Line], Sequence[Line]], None], float]] = {
+    "perplexity": ("method", draw_curves, 5.0),
+    "final": ("method", draw_finals, 4.2),
+    "memory": ("method", draw_memory, 4.2),
+    "search": ("search", draw_search, 5.0),
+    "components": ("memory", draw_memory, 3.6),
+}

@@ -1,7 +1,7 @@
 """Tables of what `tools/compare.py` has trained: REPORT.md and results.json; `compare_plots.py` draws.
 
-Everything is computed from the rows of a plan and the results of its runs, so that it can be written at any time. Means
-and standard deviations are over seeds; ratios are of runs with the same seed, data and shape.
+Everything is computed from the rows of a plan and the results of its runs, so that it can be written at any time
+(`compare_lines.py` puts them together, `compare_variants.py` has the tables of LoQT's variants).
 """
 
 from __future__ import annotations
@@ -9,143 +9,34 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
-from compare_suites import PAPER, Plan, Result, Row
-from rivals import parse
+from compare_lines import (
+    BASE,
+    DASH,
+    MB,
+    Line,
+    base_of,
+    clean,
+    components,
+    differences,
+    lines,
+    peak_bytes,
+    perplexity,
+    plus_minus,
+    ratios,
+    speed,
+    table,
+    trouble,
+)
+from compare_run import Spec
+from compare_suites import Plan, Result, Row, settled
+from compare_variants import shipped_line, variant_tables
 
-BASE = "adamw"
-MB = 1e6
-GIB = 2**30
-DASH = "–"
-PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "galore-torch", "q-galore-torch", "apollo-torch")
-PAPERS_GAP = "the paper: compensation closes 72 % of the gap, both 93 %"  # of the perplexity's, 130M on C4
-
-
-# ---------------------------------------------------------------- numbers
-
-
-@dataclass
-class Line:
-    """The runs of one method or variant at one shape on one data set. runs: by seed, those that are over."""
-
-    part: str
-    group: str
-    label: str
-    contender: str
-    shape: str
-    data: str
-    num_seeds: int = 0
-    runs: dict[int, Result] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
-
-    @property
-    def done(self) -> dict[int, Result]:
-        return {seed: result for seed, result in sorted(self.runs.items()) if result["status"] == "done"}
-
-    def values(self, get: Callable[[Result], float]) -> dict[int, float]:
-        """By seed, of the runs that trained to the end."""
-        return {seed: get(result) for seed, result in self.done.items()}
-
-    @property
-    def measured(self) -> list[Result]:
-        """Runs that took steps: those that diverged as well."""
-        return [result for _, result in sorted(self.runs.items()) if result["status"] != "failed"]
-
-
-def lines(rows: Sequence[Row], results: Mapping[str, Result], part: str) -> list[Line]:
-    """The rows of a part, one line for all seeds, in the order of the plan."""
-    found: dict[tuple[str, ...], Line] = {}
-    for row in rows:
-        if row.part != part:
-            continue
-        where = (row.group, row.label, row.shape, row.data, "" if part != "search" else f"{row.factor:g}")
-        made = Line(part, row.group, row.label, row.contender, row.shape, row.data)
-        line = found.setdefault(where, made)
-        line.num_seeds += 1
-        line.rows.append(row)
-        if (result := results.get(row.key or "")) is not None:
-            line.runs[row.seed] = result
-    return list(found.values())
-
-
-def base_of(every: Sequence[Line], line: Line, contender: str) -> Line | None:
-    """The line of another contender at the same shape on the same data."""
-    same = [other for other in every if (other.shape, other.data) == (line.shape, line.data)]
-    return next((other for other in same if other.contender == contender and other.part != "search"), None)
-
-
-def perplexity(result: Result) -> float:
-    return float(result["final"]["perplexity"])
-
-
-def speed(result: Result) -> float:
-    return float(result["tokens_per_second"])
-
-
-def spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """(mean, standard deviation of the sample); None for the latter of one value."""
-    return mean(values), stdev(values) if len(values) > 1 else None
-
-
-def ratios(line: Line, base: Line | None, get: Callable[[Result], float]) -> dict[int, float]:
-    """A line's values over the base's of the same seed."""
-    if base is None:
-        return {}
-    own, others = line.values(get), base.values(get)
-    return {seed: own[seed] / others[seed] for seed in own if seed in others}
-
-
-def peak_bytes(result: Result) -> float:
-    """What the process needed at most, above what it had before there was a model."""
-    return float(GIB * (result["peak_memory_gib"] - result["memory_before_model_gib"]))
-
-
-def components(result: Result) -> dict[str, float]:
-    """Bytes: weights, gradients and optimizer states as counted, and the rest of the measured peak."""
-    found = {name: float(result["bytes"][name]) for name in ("weights", "gradients", "states")}
-    return found | {"the rest of the peak": max(0.0, peak_bytes(result) - sum(found.values()))}
-
-
-# ---------------------------------------------------------------- words
-
-
-def plus_minus(values: Sequence[float], digits: int) -> str:
-    if not values:
-        return DASH
-    middle, deviation = spread(values)
-    return f"{middle:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
-
-
-def trouble(line: Line) -> str:
-    """What went wrong or is missing; empty where all seeds trained to the end."""
-    seeds: dict[str, list[str]] = {}
-    for seed, result in sorted(line.runs.items()):
-        if result["status"] == "diverged":
-            text = f"**diverged** at step {result['num_steps']} of {result['spec']['steps']}"
-            seeds.setdefault(text, []).append(str(seed))
-        elif result["status"] == "failed":
-            seeds.setdefault(f"**failed**: {clean(result['error'])}", []).append(str(seed))
-    told = [f"{text} (seed {', '.join(of)})" for text, of in seeds.items()]
-    missing = line.num_seeds - len(line.runs)
-    if missing:
-        told.append("not run yet" if missing == line.num_seeds else f"{missing} of {line.num_seeds} seeds not run yet")
-    return "; ".join(told)
-
-
-def clean(text: str) -> str:
-    """Of one line, and without what ends a cell of a table."""
-    return " ".join(text.split()).replace("|", "/")
-
-
-def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body)] + [""]
-
+# ---------------------------------------------------------------- methods
 
 HEAD = (
     "method",
@@ -254,104 +145,13 @@ def search_cell(line: Line, taken: float | None) -> str:
     return f"**{told}** ({rates})" if taken == row.factor and result["status"] == "done" else f"{told} ({rates})"
 
 
-def variant_tables(every: Sequence[Line]) -> list[str]:
-    """One table for each group: the variants beside LoQT as shipped."""
-    found = [line for line in every if line.part == "variant"]
-    if not found:
-        return []
-    told = ["## Variants of LoQT", "", VARIANTS, ""]
-    for group in dict.fromkeys(line.group for line in found):
-        here = [line for line in found if line.group == group]
-        told += [f"### {group}", ""]
-        told += table(VARIANT_HEAD, [variant_cells(line, every) for line in here])
-        if group == PAPER:
-            told += paper_gap(here)
-    return told + overview(found, every)
-
-
-def overview(found: Sequence[Line], every: Sequence[Line]) -> list[str]:
-    """All variants, best first by the mean ratio to LoQT as shipped over data sets and seeds."""
-    entries: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for line in found:
-        against = list(ratios(line, shipped_line(every, line), perplexity).values())
-        if against and not is_shipped_line(line, every):
-            entries.setdefault((line.group, line.label), {}).setdefault(line.data, []).extend(against)
-    if not entries:
-        return []
-    names = list(dict.fromkeys(line.data for line in found))
-
-    def total(values: Iterable[Sequence[float]]) -> list[float]:
-        return [ratio for part in values for ratio in part]
-
-    body = []
-    for (group, label), of in sorted(entries.items(), key=lambda entry: mean(total(entry[1].values()))):
-        together = total(of.values())
-        wins = f"{sum(ratio < 1 for ratio in together)} of {len(together)}"
-        cells = [plus_minus(of.get(name, []), 4) for name in names]
-        body.append([f"{group}: {label}", *cells, f"{mean(together):.4f}", wins])
-    return ["### All variants, best first", "", *table(("/ LoQT as shipped", *names, "mean", "better than it"), body)]
-
-
-VARIANT_HEAD = ("", "on", "perplexity", "/ LoQT as shipped", "better than it", "/ AdamW", "remarks")
-
-
-def shipped_line(every: Sequence[Line], line: Line) -> Line | None:
-    """The suite's LoQT without options, at a line's shape and on its data."""
-    same = [other for other in every if (other.shape, other.data) == (line.shape, line.data)]
-    ours = [other for other in same if other.part == "method" and parse(other.contender)[0] == "loqt"]
-    return next((other for other in ours if "+" not in other.contender), None)
-
-
-def is_shipped_line(line: Line, every: Sequence[Line]) -> bool:
-    """Whether a variant is LoQT as shipped."""
-    shipped = shipped_line(every, line)
-    return shipped is not None and shipped.contender == line.contender and not line.rows[0].changes
-
-
-def variant_cells(line: Line, every: Sequence[Line]) -> list[str]:
-    against = ratios(line, shipped_line(every, line), perplexity)
-    is_same = is_shipped_line(line, every)
-    wins = f"{sum(ratio < 1 for ratio in against.values())} of {len(against)}"
-    return [
-        f"{line.label} (shipped)" if is_same and "shipped" not in line.label else line.label,
-        f"{line.data}, {Path(line.shape).stem}",
-        plus_minus(list(line.values(perplexity).values()), 2),
-        DASH if is_same else plus_minus(list(against.values()), 4),
-        DASH if is_same or not against else wins,
-        plus_minus(list(ratios(line, base_of(every, line, BASE), perplexity).values()), 3),
-        trouble(line),
-    ]
-
-
-def paper_gap(found: Sequence[Line]) -> list[str]:
-    """How much of the gap between neither idea and no quantization each closes, by data set."""
-    told = []
-    for data in dict.fromkeys(line.data for line in found):
-        means = {
-            line.label: mean(line.values(perplexity).values()) for line in found if line.data == data and line.done
-        }
-        closed = gap_closed(means)
-        if closed:
-            shares = ", ".join(f"{label} {100 * share:.0f} %" for label, share in closed.items())
-            told += [f"Of the gap to no quantization on {data}: {shares} ({PAPERS_GAP}).", ""]
-    return told
-
-
-def gap_closed(means: Mapping[str, float]) -> dict[str, float]:
-    """Share of (neither - no quantization) that each of the others closes; empty where there is no such gap."""
-    if not {"neither", "no quantization"} <= means.keys() or means["neither"] <= means["no quantization"]:
-        return {}
-    gap = means["neither"] - means["no quantization"]
-    others = {label: value for label, value in means.items() if label not in ("neither", "no quantization")}
-    return {label: (means["neither"] - value) / gap for label, value in others.items()}
-
-
 def memory_table(every: Sequence[Line]) -> list[str]:
     found = [line for line in every if line.part == "memory" and line.runs]
     if not found:
         return []
-    spec = next(iter(found[0].runs.values()))["spec"]
-    told = [f"## Components of memory: {Path(spec['shape']).stem}, {spec['rows']} x {spec['length']} tokens", ""]
+    spec = Spec.from_json(json.dumps(next(iter(found[0].runs.values()))["spec"]))
+    shape = f"{Path(spec.shape).stem} with a vocabulary of {vocabulary(spec)}"
+    told = [f"## Components of memory: {shape}, {spec.rows} x {spec.length} tokens", ""]
     body = []
     for line in found:
         some = line.measured
@@ -361,6 +161,12 @@ def memory_table(every: Sequence[Line]) -> list[str]:
         *told,
         *table(("", "weights, MB", "gradients", "optimizer states", "the rest of the peak", "peak", ""), body),
     ]
+
+
+def vocabulary(spec: Spec) -> str:
+    """Of the tokenizer that a run asks for."""
+    given = dict(option.split("=", 1) for option in spec.data)
+    return f"{int(given['data.tokenizer_vocab_size']):,}"
 
 
 def data_table(rows: Sequence[Row], results: Mapping[str, Result]) -> list[str]:
@@ -398,42 +204,67 @@ def trouble_list(every: Sequence[Line]) -> list[str]:
     return ["## What failed, diverged, or was noted", "", *dict.fromkeys(told), ""] if told else []
 
 
-READING = """\
-- *Perplexity*: exp(summed negative log-likelihood / predicted tokens) over whole held-out documents, joined and cut to
-  rows; all methods see the same rows in the same order at equal seed. ± is the standard deviation over seeds.
+def reading(spec: Spec) -> str:
+    """What the tables' words mean."""
+    held_out = "whole held-out documents"
+    if spec.final_tokens is not None:
+        held_out = f"the first {spec.final_tokens:,} tokens of the held-out documents"
+    return f"""\
+- *Perplexity*: exp(summed negative log-likelihood / predicted tokens) over {held_out}, joined and
+  cut to rows; all methods see the same rows in the same order at equal seed. ± is the standard deviation over seeds.
+  Curves are on the first {spec.eval_tokens:,} held-out tokens.
 - */ AdamW*: over full-rank AdamW's with the same seed and data.
 - *Family's definition*: the evaluators of the repositories that LoQT, GaLore and ReLoRA share divide the summed loss by
   one batch too many; with n batches they report the perplexity to the power n / (n + 1). It depends on n, and is here
   to be laid next to published tables only.
 - *Rates*: peak learning rates of the adapted matrices (or what takes their place), and of embeddings, norms and head,
   which all methods train in full.
-- Bytes are of tensors: gradients when the backward is over, states with the optimizer's masters. *Peak* is what the
-  process needed above what it had before there was a model, evaluation included: on a CPU resident, on CUDA allocated.
+- Bytes are of tensors: weights at the end, gradients and optimizer states (with their masters) at their largest.
+  *Peak* is what the process needed above what it had before there was a model, evaluation included: on a CPU resident,
+  on CUDA allocated. Of a run *in parts* it is the largest of all parts, and on a CPU reading back its state is in it.
 - *Tokens/s* is of steps alone, re-initializations included; runs share the machine as said above.
 - *Re-initializations*: how many steps had one, their seconds and share of the run: LoQT's re-initializations, new
   projections of GaLore, Q-GaLore and APOLLO, restarts of ReLoRA.
 - *Diverged*: a loss that is not finite, or 3 nats above the untrained model's. Its curve ends with a cross."""
 
+
 SEARCH = """\
 The same number of runs for every method: with seed 0, factors on both of its stored rates. Held-out perplexity at the
-end (rates); the lowest, in bold, is taken for all seeds and data sets, and is the same run as that of seed 0."""
+end (rates); the lowest, in bold, is taken for all seeds and data sets, and is the same run as that of seed 0. So seed 0
+on this data set is the best of these runs by the very held-out tokens that it is reported on, which flatters every
+method a little; other seeds and data sets are free of that."""
 
-VARIANTS = """\
-Each differs from LoQT as shipped in what its table says. Ratios are of the same seed and data; below 1 is better."""
+
+BF16 = """\
+In bf16 all methods hold precision equal: products are in bf16, and what is trained is kept in float32, with moments in
+float32 or, of 8-bit optimizers, in 8 bits. LoQT does so as shipped, with bf16 weights and gradients and float32 masters
+that count as states. The others have float32 weights and gradients and multiply under autocast (what runs between the
+products, such as the residual stream, is float32 there too); weights that are frozen are bf16 or 4-bit ones, and
+Q-GaLore's INT8 weights have no masters, which is its method. Their packages by themselves would update bf16 weights with
+moments in bf16, whose second ones hardly decay: that is not what is shown here."""
 
 
 # ---------------------------------------------------------------- all
 
 
-def packages() -> dict[str, str]:
-    """Versions of what is compared, where it is installed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
+def packages(results: Iterable[Result]) -> dict[str, dict[str, int]]:
+    """By package, the versions that runs had, each with how many runs."""
+    found: dict[str, dict[str, int]] = {}
+    for result in results:
+        for name, version in result.get("packages", {}).items():
+            counts = found.setdefault(name, {})
+            counts[version] = counts.get(version, 0) + 1
     return found
+
+
+def package_line(results: Sequence[Result]) -> str:
+    told = []
+    for name, counts in packages(results).items():
+        versions = [f"{version} ({count} runs)" for version, count in counts.items()]
+        told.append(f"{name} {next(iter(counts)) if len(counts) == 1 else ' and '.join(versions)}")
+    silent = sum("packages" not in result for result in results)
+    rest = f" {silent} of {len(results)} runs do not say theirs." if silent else ""
+    return f"Packages of the runs: {', '.join(told) or 'not known'}.{rest}"
 
 
 def machines(results: Mapping[str, Result]) -> list[dict[str, Any]]:
@@ -441,35 +272,44 @@ def machines(results: Mapping[str, Result]) -> list[dict[str, Any]]:
     return [json.loads(text) for text in dict.fromkeys(json.dumps(machine, sort_keys=True) for machine in found)]
 
 
-def introduction(plan: Plan, results: Mapping[str, Result], command: Sequence[str]) -> list[str]:
+def introduction(plan: Plan, rows: Sequence[Row], results: Mapping[str, Result], command: Sequence[str]) -> list[str]:
     suite = plan.suite
     said = shlex.join(["python", "tools/compare.py", *(part for part in command if part != "--report")])
-    rows = plan.rows(results)
-    spec = next(row.spec for row in rows if row.spec is not None and row.part != "memory")
+    spec, runs = first_spec(rows), plan.runs(rows)
+    ours = next((row.spec for row in rows if row.spec is not None and row.contender.startswith("loqt")), spec)
     shapes = ", ".join(Path(shape).stem + f" (rank {rank})" for shape, rank in suite.scales)
-    names = {row.key for row in rows}
-    over = len(names & results.keys())
+    gaps = f"every {spec.interval} steps"
+    if ours.growth is not None and ours is not spec:
+        gaps += f", LoQT's after {spec.interval} + int({ours.growth:g}^k)"
     told = [
         f"# Every method side by side: suite {suite.name}",
         "",
         f"    {said}",
         "",
         f"{shapes}; {spec.steps:,} steps of {spec.rows} x {spec.length} tokens, {spec.dtype} on {spec.device}; "
-        f"{suite.seeds} seed{'s' if suite.seeds > 1 else ''}; re-initializations every {spec.interval} steps or, with "
-        f"growing gaps, {spec.interval} + int({spec.growth:g}^k); cosine from the peak to a tenth after a warm-up over "
-        f"a tenth; gradients clipped to norm {spec.max_grad_norm:g}.",
+        f"{suite.seeds} seed{'s' if suite.seeds > 1 else ''}; re-initializations {gaps}; cosine from the peak to a "
+        f"tenth after a warm-up over a tenth; gradients clipped to norm {spec.max_grad_norm:g}; tokenizers of "
+        f"{suite.vocabulary:,} pieces.",
         "",
-        f"{over} of {len(names)} runs are over."
+    ]
+    if spec.dtype == "bf16":
+        told += [BF16, ""]
+    told.append(
+        f"{len(runs & results.keys())} of {len(runs)} runs are over."
         + (f" {suite.jobs} at a time, so that tokens/s are of a machine that is shared by {suite.jobs}; each had the"
-           " threads told below." if suite.jobs > 1 else " One at a time."),
-    ]  # fmt: skip
+           " threads told below." if suite.jobs > 1 else " One at a time.")
+    )  # fmt: skip
     for machine in machines(results):
         told.append(
             f"Machine: {machine['device']}, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''} a run; "
             f"Python {machine['python']}, torch {machine['torch']}; commit {machine['commit']}."
         )
-    versions = ", ".join(f"{name} {number}" for name, number in packages().items())
-    return [*told, "", f"Packages: {versions}.", ""]
+    return [*told, "", package_line([results[name] for name in sorted(runs & results.keys())]), ""]
+
+
+def first_spec(rows: Sequence[Row]) -> Spec:
+    """Of a run that is like the suite's others."""
+    return next(row.spec for row in rows if row.spec is not None and row.part != "memory")
 
 
 def summary(every: Sequence[Line]) -> list[dict[str, Any]]:
@@ -484,55 +324,60 @@ def summary(every: Sequence[Line]) -> list[dict[str, Any]]:
                 "status": {seed: result["status"] for seed, result in sorted(line.runs.items())},
                 "perplexity": line.values(perplexity),
                 "perplexity_over_adamw": ratios(line, base, perplexity),
+                "loss_less_shipped": differences(line, shipped_line(every, line)),
                 "runs": [row.key for row in line.rows],
             }
         )
     return found
 
 
+def finite(value: Any) -> Any:
+    """What JSON can hold: None in place of numbers that are not finite."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def draw(every: Sequence[Line], output: Path) -> tuple[list[str], dict[str, str]]:
+    """(names of the plots that are drawn, why others are not)."""
+    try:
+        import compare_plots
+
+        return compare_plots.draw(every, output)
+    except ImportError as error:
+        return [], {"all": f"matplotlib cannot be imported ({error}); pip install -e '.[plot]', and --report again"}
+
+
+def picture_lines(pictures: Sequence[str], lost: Mapping[str, str]) -> list[str]:
+    told = [line for name in pictures for line in (f"![{name}]({name}.png)", "")]
+    for name, error in lost.items():
+        told += [f"**Not drawn**: {name}: {clean(error)}", ""]
+    return told
+
+
 def write(plan: Plan, results: Mapping[str, Result], output: Path, *, command: Sequence[str]) -> None:
-    """REPORT.md, results.json (every run without the losses of its steps) and, where matplotlib is there, plots."""
+    """REPORT.md, results.json (every run without the losses of its steps) and, where they can be drawn, plots."""
     output.mkdir(parents=True, exist_ok=True)
     rows = plan.rows(results)
+    results = {name: settled(result) for name, result in results.items()}
     every = [line for part in ("method", "search", "variant", "memory") for line in lines(rows, results, part)]
-    names = [row.key for row in rows if row.key in results]
+    runs = {row.key: results[row.key] for row in rows if row.key in results}
     content = {
         "suite": plan.suite.name,
         "command": ["python", "tools/compare.py", *command],
-        "packages": packages(),
+        "packages": packages(runs.values()),
         "machines": machines(results),
         "summary": summary(every),
-        "runs": {name: results[name] for name in dict.fromkeys(names) if name is not None},
+        "runs": runs,
     }
-    (output / "results.json").write_text(json.dumps(content, indent=1) + "\n")
-    pictures: list[str] = []
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        print("matplotlib is not installed: no plots (pip install -e '.[plot]')")
-    else:
-        import compare_plots
-
-        pictures = compare_plots.draw(every, output)
-    told = introduction(plan, results, command) + method_tables(every)
-    for name in pictures:
-        told += [f"![{name}]({name}.png)", ""]
+    (output / "results.json").write_text(json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
+    pictures, lost = draw(every, output)
+    for name, error in lost.items():
+        print(f"not drawn: {name}: {error}")
+    told = introduction(plan, rows, results, command) + method_tables(every) + picture_lines(pictures, lost)
     told += search_tables(rows, every) + variant_tables(every) + memory_table(every)
     told += data_table(rows, results) + trouble_list(every)
-    (output / "REPORT.md").write_text("\n".join([*told, "## How to read this", "", READING, ""]))
-
-
-def curve(result: Result) -> tuple[list[float], list[float]]:
-    """(tokens, held-out perplexity) of a run's evaluations on the same held-out tokens: the last one, where it is on
-    more of them than the others, is left out."""
-    evaluations, final = result["curve"], result.get("final")
-    if final is not None and final["loss"] == evaluations[-1][1] and len(evaluations) > 2:
-        evaluations = evaluations if final["num_tokens"] <= result["spec"]["eval_tokens"] else evaluations[:-1]
-    points = [(tokens, math.exp(min(loss, 700.0))) for tokens, loss in evaluations]
-    return [tokens for tokens, _ in points], [value for _, value in points]
-
-
-def end_of(result: Result) -> float:
-    """Tokens that a run was trained on."""
-    spec = result["spec"]
-    return float(result["num_steps"] * spec["rows"] * spec["length"])
+    told += ["## How to read this", "", reading(first_spec(rows)), ""]
+    (output / "REPORT.md").write_text("\n".join(told))

@@ -471,9 +471,17 @@ class Choice:
 
 def final_loss(result: Result | None) -> float | None:
     """Held-out loss at the end; None where a run has none, or none that is finite."""
-    if result is None or result["status"] != "done" or not math.isfinite(result["final"]["loss"]):
+    if result is None or result["status"] != "done":
         return None
-    return float(result["final"]["loss"])
+    loss = result["final"]["loss"]
+    return loss if loss is not None and math.isfinite(loss) else None
+
+
+def settled(result: Result) -> Result:
+    """The result; as one that diverged, where it is done with a held-out loss that is not finite."""
+    if result["status"] != "done" or final_loss(result) is not None:
+        return result
+    return {name: value for name, value in result.items() if name != "final"} | {"status": "diverged"}
 
 
 def choose(found: Iterable[tuple[float, Result | None]]) -> Choice:

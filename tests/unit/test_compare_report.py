@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-TOOLS = ("fit", "candidates", "rivals", "compare_run", "compare_suites", "compare_report", "compare_plots")
+TOOLS = ("fit", "candidates", "rivals", "compare_run", "compare_suites", "compare_lines", "compare_variants")
+TOOLS += ("compare_report", "compare_plots")
 GIB = 2**30
 
 
@@ -23,7 +24,7 @@ GIB = 2**30
 def tools(repository: Path) -> Iterator[dict[str, Any]]:
     """The modules, imported as `python tools/compare.py` does."""
     sys.path.insert(0, str(repository / "tools"))
-    yield {name: importlib.import_module(name) for name in TOOLS[3:]}
+    yield {name: importlib.import_module(name) for name in TOOLS}
     sys.path.remove(str(repository / "tools"))
     for name in [*TOOLS, *(name for name in sys.modules if name.startswith(("rivals_", "candidates_")))]:
         sys.modules.pop(name, None)
@@ -32,6 +33,16 @@ def tools(repository: Path) -> Iterator[dict[str, Any]]:
 @pytest.fixture
 def report(tools: dict[str, Any]) -> Any:
     return tools["compare_report"]
+
+
+@pytest.fixture
+def made_of(tools: dict[str, Any]) -> Any:
+    return tools["compare_lines"]
+
+
+@pytest.fixture
+def variants(tools: dict[str, Any]) -> Any:
+    return tools["compare_variants"]
 
 
 @pytest.fixture
@@ -69,12 +80,13 @@ def result_of(row: Any, generator: np.random.Generator, status: str = "done") ->
         "curve": curve,
         "data": {"num_documents": 10, "num_tokens": 1000, "num_validation_documents": 2, "num_validation_tokens": 77}
         | {"unigram_loss": 6.0},
+        "packages": {"torch": "2", "peft": "0.1" if row.seed else "0.2"},
         "machine": {"device": "a machine", "threads": 1, "python": "3", "torch": "2", "commit": "abc"},
     }
     if status == "diverged":
         return result | {"num_steps": 123, "curve": curve[:2]}
     loss = generator.uniform(3.0, 4.0)
-    result["curve"] = [*curve, [600000, loss]]
+    result["curve"] = [*curve, [600000, loss + 0.01]]
     biased = math.exp(loss * 90 / 91)
     result["final"] = {"loss": loss, "perplexity": math.exp(loss), "num_tokens": 40000, "num_batches": 90}
     result["final"]["biased_perplexity"] = biased
@@ -100,9 +112,9 @@ def results(plan: Any) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture
-def every(report: Any, plan: Any, results: dict[str, Any]) -> list[Any]:
+def every(made_of: Any, plan: Any, results: dict[str, Any]) -> list[Any]:
     rows = plan.rows(results)
-    return [line for part in ("method", "search", "variant", "memory") for line in report.lines(rows, results, part)]
+    return [line for part in ("method", "search", "variant", "memory") for line in made_of.lines(rows, results, part)]
 
 
 def line_of(every: list[Any], contender: str, data: str, part: str = "method") -> Any:
@@ -119,32 +131,35 @@ def finals(plan: Any, results: dict[str, Any], contender: str, data: str) -> dic
     return found
 
 
-def test_means_and_ratios_are_of_the_same_seeds(report: Any, plan: Any, results: Any, every: list[Any]) -> None:
+def test_means_and_ratios_are_of_the_same_seeds(made_of: Any, plan: Any, results: Any, every: list[Any]) -> None:
     for data in ("one", "two"):
         ours, base = finals(plan, results, "loqt:16", data), finals(plan, results, "adamw", data)
         line = line_of(every, "loqt:16", data)
-        assert line.values(report.perplexity) == pytest.approx(ours)
-        middle, deviation = report.spread(list(ours.values()))
+        assert line.values(made_of.perplexity) == pytest.approx(ours)
+        middle, deviation = made_of.spread(list(ours.values()))
         values = np.array(list(ours.values()))
         assert (middle, deviation) == pytest.approx((values.mean(), values.std(ddof=1)))
-        found = report.ratios(line, line_of(every, "adamw", data), report.perplexity)
+        found = made_of.ratios(line, line_of(every, "adamw", data), made_of.perplexity)
         assert found == pytest.approx({seed: ours[seed] / base[seed] for seed in ours})
+        nats = made_of.differences(line, line_of(every, "adamw", data))
+        assert nats == pytest.approx({seed: math.log(ours[seed] / base[seed]) for seed in ours})
+    assert made_of.ratios(line, None, made_of.perplexity) == made_of.differences(line, None) == {}
     assert len(finals(plan, results, "loqt:16", "two")) == 2  # one is missing
-    assert report.spread([3.0]) == (3.0, None)
+    assert made_of.spread([3.0]) == (3.0, None)
 
 
-def test_the_table_says_what_diverged_failed_and_is_missing(report: Any, every: list[Any]) -> None:
-    assert report.trouble(line_of(every, "adamw", "one")) == ""
-    assert report.trouble(line_of(every, "galore:16", "one")) == (
+def test_the_table_says_what_diverged_failed_and_is_missing(report: Any, made_of: Any, every: list[Any]) -> None:
+    assert made_of.trouble(line_of(every, "adamw", "one")) == ""
+    assert made_of.trouble(line_of(every, "galore:16", "one")) == (
         "**failed**: RuntimeError: a / b and more (seed 0)"
     )  # shown once: no rate trains it
-    assert report.trouble(line_of(every, "qlora:16", "two")) == "**diverged** at step 123 of 1000 (seed 1)"
-    assert report.trouble(line_of(every, "loqt:16", "two")) == "1 of 3 seeds not run yet"
+    assert made_of.trouble(line_of(every, "qlora:16", "two")) == "**diverged** at step 123 of 1000 (seed 1)"
+    assert made_of.trouble(line_of(every, "loqt:16", "two")) == "1 of 3 seeds not run yet"
     cells = report.method_cells(line_of(every, "galore:16", "one"), every)
-    assert len(cells) == len(report.HEAD) and set(cells[1:-1]) == {report.DASH}
+    assert len(cells) == len(report.HEAD) and set(cells[1:-1]) == {made_of.DASH}
 
 
-def test_a_row_has_what_was_measured(report: Any, plan: Any, results: Any, every: list[Any]) -> None:
+def test_a_row_has_what_was_measured(report: Any, made_of: Any, plan: Any, results: Any, every: list[Any]) -> None:
     cells = dict(zip(report.HEAD, report.method_cells(line_of(every, "loqt:16", "one"), every), strict=True))
     values = np.array(list(finals(plan, results, "loqt:16", "one").values()))
     assert cells["perplexity"] == f"{values.mean():.2f} ± {values.std(ddof=1):.2f}"
@@ -153,7 +168,9 @@ def test_a_row_has_what_was_measured(report: Any, plan: Any, results: Any, every
     assert cells["weights / gradients / states, MB"] == "3.0 / 2.0 / 1.0" and cells["peak, MB"] == "10"
     assert cells["trained parameters"] == "1,234,567"
     assert cells["re-initializations"] == "9: 5.0 s (5.0 %)"
-    assert report.components(line_of(every, "loqt:16", "one").measured[0])["the rest of the peak"] == pytest.approx(4e6)
+    assert made_of.components(line_of(every, "loqt:16", "one").measured[0])["the rest of the peak"] == pytest.approx(
+        4e6
+    )
 
 
 def test_the_search_is_shown_in_full(report: Any, plan: Any, results: Any, every: list[Any]) -> None:
@@ -171,34 +188,114 @@ def test_the_search_is_shown_in_full(report: Any, plan: Any, results: Any, every
     assert next(line for line in text.splitlines() if line.startswith("| galore:16 |")).count("failed") == 3
 
 
-def test_variants_are_held_against_the_shipped_one(report: Any, plan: Any, results: Any, every: list[Any]) -> None:
+def test_variants_are_held_against_the_shipped_one(variants: Any, plan: Any, results: Any, every: list[Any]) -> None:
     line = next(line for line in every if line.part == "variant" and line.label == "none")
     shipped = finals(plan, results, "loqt:16", "one")
     own = {row.seed: math.exp(results[row.key]["final"]["loss"]) for row in plan.rows(results) if row.label == "none"}
     against = np.array([own[seed] / shipped[seed] for seed in range(3)])
-    cells = report.variant_cells(line, every)
+    cells = variants.variant_cells(line, every)
     assert cells[3] == f"{against.mean():.4f} ± {against.std(ddof=1):.4f}"
     assert cells[4] == f"{(against < 1).sum()} of 3"
     same = next(line for line in every if line.part == "variant" and line.label == "as it is")
-    assert report.variant_cells(same, every)[0] == "as it is (shipped)"
-    text = "\n".join(report.overview([line, same], every))
-    assert f"| C: none | {cells[3]} | {against.mean():.4f} | {(against < 1).sum()} of 3 |" in text
-    assert "as it is" not in text
+    assert variants.variant_cells(same, every)[0] == "as it is (shipped)"
 
 
-def test_how_much_of_the_gap_is_closed(report: Any) -> None:
+LABELS = ("worse", "better", "mixed", "lost one", "lost all", "not run")
+
+
+def deciding(tools: dict[str, Any], plan: Any) -> tuple[Any, dict[tuple[str, str, int], float]]:
+    """(lines of variants on two data sets with three seeds, losses by contender, data and seed): one variant is worse
+    than LoQT as shipped everywhere, one better, one better but for a run; one has diverged once, one always."""
+    suites, generator = tools["compare_suites"], np.random.default_rng(7)
+    variants = tuple(suites.Variant("G", label, (f"loqt.alpha=0.{n + 10}",)) for n, label in enumerate(LABELS))
+    suite = replace(plan.suite, methods=("adamw", "loqt:{rank}"), search=(), variants=variants, memory=())
+    decided = suites.Plan(replace(suite, variants_on=None), list(plan.data.values()))
+    results, losses = {}, {}
+    for row in decided.rows({}):
+        shift = {"worse": 0.5, "better": -0.5, "mixed": 0.3 if (row.data, row.seed) == ("two", 1) else -0.4}
+        loss = 4.0 + generator.uniform(-0.01, 0.01) + shift.get(row.label, -0.9 if row.group else 0.0)
+        is_lost = row.label == "lost all" or (row.label, row.data, row.seed) == ("lost one", "one", 2)
+        if row.label != "not run":
+            results[row.key] = result_of(row, generator, "diverged" if is_lost else "done")
+        if row.key in results and not is_lost:
+            results[row.key]["final"] |= {"loss": loss, "perplexity": math.exp(loss)}
+            losses[row.contender, row.data, row.seed] = loss
+    rows = decided.rows(results)
+    return [
+        line for part in ("method", "variant") for line in tools["compare_lines"].lines(rows, results, part)
+    ], losses
+
+
+def test_what_lacks_runs_is_ranked_last(tools: dict[str, Any], variants: Any, plan: Any) -> None:
+    found, losses = deciding(tools, plan)
+    order = variants.standings(found)
+    assert [standing.name.removeprefix("G: ") for standing in order] == [
+        *("better", "mixed", "worse", "lost one", "lost all", "not run")
+    ]
+    assert [standing.verdict() for standing in order] == [
+        *("**in all 6**", "in 5 of 6", "in 0 of 6", "in 5 of 5 runs; **1 lacking**"),
+        *["in 0 of 0 runs; **6 lacking**"] * 2,
+    ]
+
+
+def test_every_variant_has_a_row_for_each_data_set(tools: dict[str, Any], variants: Any, plan: Any) -> None:
+    found, losses = deciding(tools, plan)
+    told = [[cell.strip() for cell in line.split("|")[1:-1]] for line in variants.deciding_table(found)[4:-1]]
+    assert [cells[0] for cells in told[2:6]] == ["*adamw*", "*adamw*", "*loqt:16 as shipped*", "*loqt:16 as shipped*"]
+    assert [cells[0] for cells in told[6:10]] == ["G: better", "", "G: mixed", ""] and len(told) == 2 + 4 + 2 * 6
+    for number, data in enumerate(("one", "two")):
+        cells = dict(zip(variants.DECIDING_HEAD, told[8 + number], strict=True))
+        own, shipped, base = (
+            np.array([losses[name, data, seed] for seed in range(3)]) for name in (MIXED, "loqt:16", "adamw")
+        )
+        against = own - shipped
+        assert cells["on"] == f"{data}, llama_2m" and cells["seeds"] == "3 of 3" and cells["remarks"] == ""
+        assert cells["loss − LoQT's as shipped, nats"] == f"{against.mean():+.4f} ± {against.std(ddof=1):.4f}"
+        ratio = np.exp(own - base)
+        assert cells["/ AdamW's"] == f"{ratio.mean():.4f} ± {ratio.std(ddof=1):.4f}"
+        assert cells["better than LoQT as shipped"] == ("" if number else "in 5 of 6")
+    lost = told[12]
+    assert lost[0] == "G: lost one" and lost[5] == "2 of 3" and "diverged" in lost[-1]
+
+
+MIXED = f"loqt:16+loqt.alpha=0.{10 + LABELS.index('mixed')}"
+
+
+def test_how_much_of_the_gap_is_closed(variants: Any) -> None:
     means = {"neither": 30.0, "compensation": 27.0, "both": 26.0, "no quantization": 25.0}
-    assert report.gap_closed(means) == pytest.approx({"compensation": 0.6, "both": 0.8})
-    assert report.gap_closed(means | {"no quantization": 31.0}) == {}
-    assert report.gap_closed({"neither": 30.0}) == {}
+    assert variants.gap_closed(means) == pytest.approx({"compensation": 0.6, "both": 0.8})
+    assert variants.gap_closed(means | {"no quantization": 31.0}) == {}
+    assert variants.gap_closed({"neither": 30.0}) == {}
 
 
-def test_the_last_evaluation_is_no_part_of_the_curve_where_it_is_on_more(report: Any, plan: Any, results: Any) -> None:
+def test_the_gap_is_of_the_seeds_that_all_have(variants: Any, made_of: Any) -> None:
+    # by hand: with seeds 1 and 2 the gap is 10, of which compensation closes (32 - 27) + (28 - 26) over 2 = 3.5
+    values = {
+        "neither": {0: 99.0, 1: 32.0, 2: 28.0},
+        "compensation": {1: 27.0, 2: 26.0},
+        "no quantization": {0: 1.0, 1: 20.0, 2: 20.0},
+        "both": {},
+    }
+    found = [
+        made_of.Line("variant", "", label, "", "llama_2m", "one", 3, {
+            seed: {"status": "done", "final": {"perplexity": value, "loss": 0.0}} for seed, value in of.items()
+        })
+        for label, of in values.items()
+    ]  # fmt: skip
+    (told, _) = variants.paper_gap(found)
+    assert "(seeds 1, 2): compensation 35 % (" in told
+    found[1].runs.clear()
+    found[0].runs.clear()
+    assert variants.paper_gap(found) == []
+
+
+def test_the_curve_is_drawn_to_its_end(made_of: Any, results: Any) -> None:
     result = next(result for result in results.values() if result["status"] == "done")
-    tokens, values = report.curve(result)
-    assert len(tokens) == 5 and values[0] == pytest.approx(math.exp(8.0))
-    alike = result | {"spec": result["spec"] | {"eval_tokens": 40000}}
-    assert report.curve(alike)[0][-1] == 600000
+    tokens, values = made_of.curve(result)
+    assert tokens == [0, 100000, 200000, 300000, 400000, 600000]
+    assert values == pytest.approx([math.exp(loss) for _, loss in result["curve"]])
+    broken = result | {"curve": [[0, 8.0], [1, math.nan], [2, None], [3, 800.0], [4, math.inf]]}
+    assert made_of.curve(broken) == ([0, 3], [math.exp(8.0), math.exp(700.0)])
 
 
 def test_report_and_plots(report: Any, plan: Any, results: Any, tmp_path: Path) -> None:
@@ -212,12 +309,64 @@ def test_report_and_plots(report: Any, plan: Any, results: Any, tmp_path: Path) 
     assert "diverged at step 123 of 1000" in text and "not run: no rate trained it on one" in text
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["runs"].keys() == results.keys()
+    assert content["packages"]["torch"] == {"2": sum("packages" in run for run in content["runs"].values())}
+    assert f"{len(results)} of {len(plan.runs(plan.rows(results)))} runs are over" in text
+    assert "torch 2, peft 0.2 (" in text and " runs) and 0.1 (" in text
     assert content["machines"] == [next(iter(results.values()))["machine"]] or len(content["machines"]) == 1
     # every line of a table has as many cells as its head
     width = None
     for line in text.splitlines():
         width = None if not line.startswith("|") else width or line.count("|")
         assert width is None or line.count("|") == width, line
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None])
+def test_what_is_not_finite_ends_no_report(report: Any, plan: Any, results: Any, tmp_path: Path, value: Any) -> None:
+    name = next(row.key for row in plan.rows(results) if (row.contender, row.seed) == ("qlora:16", 2))
+    results[name]["final"] |= {"loss": value, "perplexity": value, "biased_perplexity": value}
+    results[name]["curve"][-1] = [600000, value]
+    other = next(row.key for row in plan.rows(results) if (row.contender, row.seed) == ("adamw", 1))
+    results[other]["curve"][2] = [200000, value]  # and one that recovers
+    report.write(plan, results, tmp_path, command=[])
+    text = (tmp_path / "REPORT.md").read_text()
+    assert "nan" not in text and "Not drawn" not in text
+    assert "| **diverged** at step 1000 of 1000 (seed 2) |" in text
+    content = json.loads((tmp_path / "results.json").read_text(), parse_constant=lambda word: pytest.fail(word))
+    assert content["runs"][name]["status"] == "diverged"
+
+
+def test_a_plot_that_fails_ends_no_report(
+    report: Any, tools: dict[str, Any], plan: Any, results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+
+    def breaks(*_: Any) -> None:
+        raise RuntimeError("no ink |")
+
+    pictures = tools["compare_plots"].PICTURES
+    monkeypatch.setitem(pictures, "memory", (*pictures["memory"][:1], breaks, 3.0))
+    (tmp_path / "memory.png").write_text("of an earlier report")
+    report.write(plan, results, tmp_path, command=[])
+    text = (tmp_path / "REPORT.md").read_text()
+    assert "**Not drawn**: memory: RuntimeError: no ink /" in text and "memory.png" not in text
+    assert "(components.png)" in text and not (tmp_path / "memory.png").exists()
+
+
+def test_the_words_are_those_of_the_suite(report: Any, tools: dict[str, Any], plan: Any) -> None:
+    rows = plan.rows({})
+    spec = report.first_spec(rows)
+    assert "over whole held-out documents" in report.reading(spec)
+    assert "over the first 1,024 tokens of the held-out documents" in report.reading(replace(spec, final_tokens=1024))
+    told = "\n".join(report.introduction(plan, rows, {}, []))
+    assert f"0 of {len(plan.runs(rows))} runs are over" in told and len(plan.runs(rows)) > len(
+        {row.key for row in rows}
+    )
+    assert "bf16" not in told
+    suites = tools["compare_suites"]
+    told = "\n".join(
+        report.introduction(gpu := suites.Plan(suites.SUITES["gpu"], [suites.DataSet("one")]), gpu.rows({}), {}, [])
+    )
+    assert report.BF16 in told and "One at a time" in told
 
 
 def test_nothing_but_what_failed(report: Any, plan: Any, tmp_path: Path) -> None:
@@ -242,6 +391,10 @@ def test_marks_in_the_plots(tools: dict[str, Any], every: list[Any]) -> None:
     spec = line_of(every, "qlora:16", "two").runs[1]["spec"]
     ends = [line.get_xdata()[0] for line in left.lines if line.get_marker() == "X" and len(line.get_xdata())]
     assert ends == pytest.approx([123 * spec["rows"] * spec["length"] / 1e6])  # where the diverged run ended
+    # which is far above what is shown, and seen all the same
+    (cross,) = [line for line in left.lines if line.get_marker() == "X" and len(line.get_xdata())]
+    bottom, top = left.get_ylim()
+    assert bottom <= cross.get_ydata()[0] <= top < math.exp(7.9) and not cross.get_clip_on()
     plots.draw_finals(right, found, every)
     assert [text.get_text() for text in right.texts] == ["1 diverged"]
     dots = {tick.get_text(): number for number, tick in enumerate(right.get_yticklabels())}
