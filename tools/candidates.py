@@ -44,7 +44,7 @@ basis=sample|random   sample: the r directions of P are drawn from all singular 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,7 @@ from candidates_rounding import Grid, Importance, LowRank
 from candidates_rounding import compensate as compensate_on_grid
 from torch import Tensor
 
+from loqt_ds.config import LoQTConfig
 from loqt_ds.core.compensation import Compensated, merge
 from loqt_ds.core.quantization import Packed, QuantSpec, dequantize, quantize
 from loqt_ds.core.schedules import ReinitSchedule
@@ -67,7 +68,7 @@ from loqt_ds.core.subspace import (
     test_matrix,
 )
 from loqt_ds.engines.single import SingleEngine
-from loqt_ds.method.controller import Controller, sketch_columns
+from loqt_ds.method.controller import Controller, sketch_columns, subspace_method
 from loqt_ds.method.gathered import Gathered, Pending, Step
 from loqt_ds.method.linear import LoQTLinear, Tap
 from loqt_ds.method.reports import LayerReport, ReinitReport
@@ -162,14 +163,23 @@ def install(engine: SingleEngine, options: Mapping[str, str]) -> None:
         raise ValueError(f"candidates take an engine on one device, not {type(engine).__name__}")
     if engine.step_index:
         raise ValueError(f"candidates are installed before the first step, not after {engine.step_index}")
-    _check_use(wanted, engine.controller)
-    engine.controller = CandidateController(engine.controller, wanted)
+    plain = engine.controller
+    is_known = type(plain.schedule) is ReinitSchedule  # of another one nobody knows what comes
+    check_use(wanted, plain.options, plain.layers.values(), is_known_ahead=is_known)
+    engine.controller = CandidateController(plain, wanted)
 
 
-def _check_use(wanted: Candidates, plain: Controller) -> None:
-    """Raises ValueError, naming the option, where a candidate would do nothing."""
-    names, options = wanted.names, plain.options
-    sketched = [plain.method(layer) == "sketch" for layer in plain.layers.values()]
+def check_use(
+    wanted: Candidates, options: LoQTConfig, layers: Iterable[LoQTLinear], *, is_known_ahead: bool = True
+) -> None:
+    """Raises ValueError, naming the option, where a candidate would do nothing.
+
+    Args:
+        layers: of the model; their weights may be on the meta device.
+        is_known_ahead: whether the steps that re-initialize are.
+    """
+    names, layers = wanted.names, list(layers)
+    sketched = [subspace_method(layer, options.subspace) == "sketch" for layer in layers]
 
     def refuse(name: str, why: str) -> None:
         if name in names:
@@ -180,7 +190,7 @@ def _check_use(wanted: Candidates, plain: Controller) -> None:
             refuse(name, "takes a W that is rounded; loqt.quantize_w is none")
     if options.quantize_w != "none":
         refuse("blocksize", f"takes loqt.quantize_w=none, not {options.quantize_w}")
-    if any(layer.spec_w.dense_dtype != torch.float32 for layer in plain.layers.values()):
+    if any(layer.spec_w.dense_dtype != torch.float32 for layer in layers):
         refuse("blocksize", "takes a run in float32 (train.dtype=fp32)")
     if options.compensation_steps == 0:
         for name in ("fisher", "factor"):
@@ -188,6 +198,8 @@ def _check_use(wanted: Candidates, plain: Controller) -> None:
     if options.schedule == "never":
         for name in BETWEEN:
             refuse(name, "takes more than one re-initialization; loqt.schedule is never")
+    if not is_known_ahead and wanted.criterion is None:  # which brings a schedule
+        refuse("denoise", "takes a schedule that is known ahead; give re-initializations an interval")
     if not any(sketched):
         refuse("sketch", "takes loqt.subspace=sketch; no layer is sketched")
     if any(sketched) and wanted.basis == "sample":
@@ -228,10 +240,6 @@ class CandidateController(Controller):
         assert current is not None
         if self.wanted.denoise is None:
             return
-        if type(self.schedule) is not ReinitSchedule:  # of another one nobody knows what comes
-            raise ValueError(
-                "candidate.denoise takes a schedule that is known ahead; give re-initializations an interval"
-            )
         current.gathered = self._summed
         if not current.due and any(self.schedule.is_due(step + i) for i in range(1, self.wanted.denoise)):
             for name, layer in self.layers.items():

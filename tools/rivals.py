@@ -20,7 +20,7 @@ A contender is named by its method and, where it has one, its rank:
     loqt:R       this project, 32-bit AdamW
     loqt8bit:R   this project, 8-bit AdamW, as is its default
     loqtnq:R     loqt8bit without quantization of W and P
-    loqtcard:R   loqt8bit as a small card asks for it: layer-wise updates, bf16 without masters
+    loqtcard:R   loqt8bit as a small card asks for it: layer-wise updates, bf16 without masters (but for Setup.masters)
 
 This project's may be followed by options of a run: `loqt:128+loqt.product=factored+train.lean_activations=true`, and by
 ideas that are not in the product (`candidates.py`): `loqt:128+candidate.NAME=VALUE`.
@@ -28,8 +28,16 @@ ideas that are not in the product (`candidates.py`): `loqt:128+candidate.NAME=VA
 All have transformers' model of the same shape, the same attention and the same loss (`loqt_ds.method.head`), and train
 the same matrices in full rank: embeddings, norms and head, the adapters' too. What differs is how the linears in
 between are trained; how each rival is configured, and where that is from, is told in `rivals_projected.py` and
-`rivals_adapters.py`. In bf16 the rivals update bf16 weights, as their packages do; LoQT keeps float32 masters of what
-it trains, as is its default (but loqtcard). On a CPU bitsandbytes dequantizes matrices whose width is no multiple of 64
+`rivals_adapters.py`.
+
+In bf16 LoQT keeps float32 masters of what it trains beside bf16 weights, as is its default (but loqtcard). The rivals'
+packages update bf16 weights, with moments in bf16, where a second moment hardly decays and small updates round to
+nothing. `Setup(dtype="bf16", masters=True)` holds precision equal: rivals keep float32 weights, gradients and moments
+(8-bit moments stay 8-bit ones) and multiply in bf16, under autocast, where also what runs between the products - the
+residual stream, the norms - is float32, which is bf16 in LoQT. Bytes of theirs then are 4 for each trained weight and 4
+for its gradient; LoQT's are 2 and 2, and 4 for the master, which counts as a state.
+
+On a CPU bitsandbytes dequantizes matrices whose width is no multiple of 64
 wrongly (`loqt_ds.core.quantization` tells more): QLoRA's and LoftQ's losses suffer from that there, their times do not.
 
 The rivals are packages: `pip install -e '.[compare]'`. (APOLLO's licence is CC-BY-NC: it is used for measuring only.)
@@ -39,6 +47,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -53,6 +62,7 @@ from rivals_base import (
     Setup,
     Taken,
     check_owner,
+    check_rank,
     dense_model,
     gradient_bytes,
     groups,
@@ -61,12 +71,15 @@ from rivals_base import (
     size,
     text_batch,
 )
-from rivals_projected import apollo, galore, qgalore
+from rivals_projected import apollo, galore, projection_group, qgalore
 from torch import Tensor
 
+from loqt_ds.config import Config
 from loqt_ds.core.schedules import ReinitSchedule
 from loqt_ds.engines.single import SingleEngine
 from loqt_ds.evaluation import model_inputs, num_predicted
+from loqt_ds.method.conversion import build_empty, build_meta, loqt_layers, target_linears
+from loqt_ds.method.description import training_dtype
 from loqt_ds.ranks import ALONE
 from loqt_ds.run import build_engine, load_model, resolve_activations
 
@@ -81,6 +94,7 @@ __all__ = [
     "Setup",
     "Taken",
     "build",
+    "check",
     "dense_model",
     "model_bytes",
     "options_of",
@@ -122,12 +136,9 @@ class OnDemand(ReinitSchedule):
 class LoQT:
     """What `loqt_ds.run` builds of a configuration, and one step after another of its engine on one device."""
 
-    def __init__(self, name: str, setup: Setup, *options: str) -> None:
-        wanted = candidates_of(name)
-        if wanted:
-            importlib.import_module("candidates").check(wanted)
+    def __init__(self, name: str, setup: Setup) -> None:
         self.name, self.setup, self.device = name, setup, torch.device(setup.device)
-        config, description = setup.config(*setup.schedule(), *options), setup.description()
+        config, description = loqt_config(name, setup), setup.description()
         config = resolve_activations(config, description, self.device, None, ALONE, None)
         self.notes: list[str] = []
         torch.manual_seed(setup.seed)
@@ -140,8 +151,7 @@ class LoQT:
         if setup.interval is None:
             self._on_demand = OnDemand("never", 1, 1.0)
             engine.controller.schedule = self._on_demand
-            self._on_demand.asked[0] = True
-        if wanted:
+        if wanted := candidates_of(name):
             importlib.import_module("candidates").install(engine, wanted)
 
     def step(self, batch: dict[str, Tensor], *, refresh: bool = False) -> Taken:
@@ -166,6 +176,9 @@ class LoQT:
             inside = sum(report.reinit.seconds.values())
             notes += [f"{layer.name}: {layer.kept}" for layer in report.reinit.layers if layer.kept]
         return Taken(loss.item(), clock.seconds, gradients, None, notes, inside)
+
+    def computing(self) -> AbstractContextManager[Any]:
+        return nullcontext()
 
     def num_bytes(self) -> dict[str, int]:
         states = size(self.engine.saved_tensors()["optimizer"].values())
@@ -207,14 +220,25 @@ LOQT_OPTIONS = {
 }
 
 
-def loqt(name: str, setup: Setup, rank: int | None) -> LoQT:
-    method = parse(name)[0]
-    options = [f"loqt.rank={rank}", *LOQT_OPTIONS[method]]
+def loqt_config(name: str, setup: Setup) -> Config:
+    """Of one of this project's. Raises ConfigError for options that there are not, or that do not go together."""
+    method, rank = parse(name)
+    options = [*setup.schedule(), f"loqt.rank={rank}", *LOQT_OPTIONS[method]]
     if method == "loqtcard":
-        options += ["optim.master=bf16"] if setup.dtype == "bf16" else []
+        options += ["optim.master=bf16"] if setup.dtype_of_weights == torch.bfloat16 else []
         if setup.max_grad_norm is not None:  # a layer is updated before the norm of all gradients is known
             options += ["train.max_grad_norm=null", f"train.max_grad_norm_per_parameter={setup.max_grad_norm}"]
-    return LoQT(name, setup, *options, *run_options(name))
+    return setup.config(*options, *run_options(name))
+
+
+def check_loqt(name: str, setup: Setup) -> None:
+    """Raises ValueError (ConfigError is one) for options, a rank or candidates that do not fit, without a weight."""
+    config, wanted = loqt_config(name, setup), candidates_of(name)
+    model = build_meta(setup.description(), config.loqt, dtype=training_dtype(config))  # looks at the rank
+    if wanted:
+        candidates = importlib.import_module("candidates")
+        chosen, layers = candidates.check(wanted), loqt_layers(model).values()
+        candidates.check_use(chosen, config.loqt, layers, is_known_ahead=setup.interval is not None)
 
 
 # ---------------------------------------------------------------- all
@@ -231,7 +255,7 @@ METHODS: dict[str, Callable[[str, Setup, int | None], Contender]] = {
     "qlora": qlora,
     "loftq": loftq,
     "relora": lambda name, setup, rank: relora(name, setup, rank, start_of(name)),
-    **dict.fromkeys(LOQT_OPTIONS, loqt),
+    **dict.fromkeys(LOQT_OPTIONS, lambda name, setup, rank: LoQT(name, setup)),
 }
 WITHOUT_RANK = ("adamw", "adamw8bit", "apollomini")
 
@@ -288,11 +312,34 @@ def start_of(name: str) -> int:
     return start
 
 
+def check(name: str, setup: Setup) -> None:
+    """Raises ValueError for what `build` would refuse, in a fraction of a second and before anything is built: names
+    that say nothing; ranks above the smaller side of a matrix; options and candidates that there are not, or that do
+    not go together; a start in full rank that leaves no step for ReLoRA; groups that Q-GaLore cannot have.
+
+    Asks for no package. The device need not be there.
+    """
+    method, rank = parse(name)
+    if method in LOQT_OPTIONS:
+        check_loqt(name, setup)
+        return
+    if rank is not None:
+        check_rank(name, setup, rank)
+    if method == "qgalore":
+        assert rank is not None
+        projection_group(target_linears(build_empty(setup.description()), "all-linear"), rank)
+    if method == "relora" and setup.max_steps is not None and start_of(name) >= setup.max_steps:
+        raise ValueError(
+            f"contender {name!r}: of {setup.max_steps} steps none is left for ReLoRA after {start_of(name)} in full "
+            "rank; give a smaller start, or more steps"
+        )
+
+
 def build(name: str, setup: Setup) -> Contender:
     """The contender of a name, on its device, before its first step.
 
-    Raises ValueError for names that say nothing and ranks or options that do not fit, MissingPackage where a rival is
-    not installed.
+    Raises ValueError for what `check` refuses, MissingPackage where a rival is not installed.
     """
+    check(name, setup)
     method, rank = parse(name)
     return METHODS[method](name, setup, rank)

@@ -16,7 +16,12 @@ the 100 steps of its paper, whose intervals are thousands of steps; and its prun
 moments, those where the first is largest: a first moment that outlives its second would be divided by nothing, since A
 has no gradient where B is zero.
 
-All train embeddings, norms and head in full, ReLoRA's full-rank start at that rate too.
+All train embeddings, norms and head in full, at that rate. In ReLoRA's full-rank start W has the rate that A and B have
+afterwards (`Setup.lr`): the start has none of its own. What it holds is counted as it is at the time: optimizer states
+and trained parameters of a full-rank method up to step N, of adapters after it.
+
+With `Setup.masters` in bf16, A, B and what is trained in full are float32; W of LoRA is bf16, as nothing changes it;
+W of ReLoRA is float32, since bf16 would round away most of what is merged into it.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from rivals_base import Rival, Setup, check_rank, dense_model, groups, imported
+from rivals_base import Rival, Setup, dense_model, groups, imported
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -38,7 +43,7 @@ KEPT_BY_PRUNING = 0.01  # of ReLoRA's moments
 LONGEST_REWARMUP = 100  # steps
 
 
-def adapt(model: nn.Module, targets: Iterable[str], rank: int, *, alpha: int) -> None:
+def adapt(model: nn.Module, targets: Iterable[str], rank: int, setup: Setup, *, alpha: int) -> None:
     """Puts PEFT's LoRA layers in the place of linears, by their paths, and trains A, B and all that is no W."""
     peft = imported("peft", "peft")
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(targets))
@@ -47,6 +52,9 @@ def adapt(model: nn.Module, targets: Iterable[str], rank: int, *, alpha: int) ->
     for path, parameter in model.named_parameters():
         if path not in frozen:
             parameter.requires_grad_(True)
+    for layer in lora_layers(model):
+        if hasattr(layer.base_layer, "compute_dtype"):  # of a quantized W; PEFT has taken it for A and B
+            layer.base_layer.compute_dtype = setup.dtype_of_products
 
 
 def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
@@ -61,14 +69,16 @@ def lora_layers(model: nn.Module) -> Iterator[Any]:
             yield module
 
 
-def freeze_in_nf4(model: nn.Module, linears: dict[str, nn.Linear], device: str, *, double: bool) -> None:
+def freeze_in_nf4(model: nn.Module, linears: dict[str, nn.Linear], setup: Setup, *, double: bool) -> None:
     """Puts bitsandbytes' NF4 linears in the place of linears, with their weights. double: quantize the scales."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     for path, linear in linears.items():
         weight, bias = linear.weight.data, linear.bias
         out_features, in_features = weight.shape
-        frozen = Linear4bit(in_features, out_features, bias is not None, compute_dtype=weight.dtype, quant_type="nf4")
+        frozen: Any = Linear4bit(
+            in_features, out_features, bias is not None, compute_dtype=setup.dtype_of_weights, quant_type="nf4"
+        )
         frozen.weight = Params4bit(
             weight.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=double, module=frozen
         )
@@ -76,7 +86,9 @@ def freeze_in_nf4(model: nn.Module, linears: dict[str, nn.Linear], device: str, 
         # On CPUs with AVX512-BF16 an evaluation would repack the codes for a kernel that has no backward, and training
         # would go on with that: no gradient came through W any more.
         frozen.support_avx512bf16_for_cpu = False
-        model.set_submodule(path, frozen.to(device))  # which quantizes
+        frozen = frozen.to(setup.device)  # which quantizes
+        frozen.weight.quant_state.dtype = setup.dtype_of_products  # of what it shows, whatever it was quantized from
+        model.set_submodule(path, frozen)
     model.is_loaded_in_4bit = True  # type: ignore[assignment]  # PEFT asks
 
 
@@ -88,27 +100,28 @@ def adamw(parameters: list[dict[str, Any]], setup: Setup) -> torch.optim.Optimiz
     return torch.optim.AdamW(parameters, lr=setup.lr, weight_decay=0.0, fused=True)
 
 
-def checked(name: str, setup: Setup, rank: int | None) -> int:
-    """The rank. Raises MissingPackage without PEFT, ValueError for a rank that does not fit."""
+def with_peft(rank: int | None) -> int:
+    """The rank. Raises MissingPackage without PEFT."""
     imported("peft", "peft")
     assert rank is not None
-    check_rank(name, setup, rank)
     return rank
 
 
 def lora(name: str, setup: Setup, rank: int | None) -> Rival:
-    rank = checked(name, setup, rank)
+    rank = with_peft(rank)
     model = dense_model(setup)
-    adapt(model, linears_of(model), rank, alpha=ALPHA)
+    adapt(model, linears_of(model), rank, setup, alpha=ALPHA)
+    for layer in lora_layers(model):
+        layer.base_layer.weight.data = layer.base_layer.weight.data.to(setup.dtype_of_products)
     return _rival(name, setup, model)
 
 
 def qlora(name: str, setup: Setup, rank: int | None) -> Rival:
-    rank = checked(name, setup, rank)
+    rank = with_peft(rank)
     model = dense_model(setup)
     targets = linears_of(model)
-    freeze_in_nf4(model, targets, setup.device, double=True)
-    adapt(model, targets, rank, alpha=ALPHA)
+    freeze_in_nf4(model, targets, setup, double=True)
+    adapt(model, targets, rank, setup, alpha=ALPHA)
     return _rival(name, setup, model)
 
 
@@ -144,20 +157,16 @@ def decompose(weight: Tensor, rank: int, device: str) -> tuple[Tensor, Tensor, T
 
 
 def loftq(name: str, setup: Setup, rank: int | None) -> Rival:
-    rank = checked(name, setup, rank)
+    rank = with_peft(rank)
     model = dense_model(setup)
     targets = linears_of(model)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
-    dtypes = {path: linear.weight.dtype for path, linear in targets.items()}
     for path, linear in targets.items():
         shown, a, b = decompose(linear.weight.data, rank, setup.device)
         factors[path] = a, b
         linear.weight.data = shown  # float32: what is quantized again to the same codes and scales
-    freeze_in_nf4(model, targets, setup.device, double=False)
-    for path, dtype in dtypes.items():
-        frozen: Any = model.get_submodule(path)
-        frozen.weight.quant_state.dtype = frozen.compute_dtype = dtype
-    adapt(model, targets, rank, alpha=rank)
+    freeze_in_nf4(model, targets, setup, double=False)
+    adapt(model, targets, rank, setup, alpha=rank)
     for path, (a, b) in factors.items():
         layer: Any = model.get_submodule(path)
         layer.lora_A["default"].weight.data.copy_(a)
@@ -180,11 +189,8 @@ class ReLoRA(Rival):
         self._rank, self._start = rank, start
         self._restarted: int | None = None  # the step before which A and B last started anew
         if start == 0:
-            adapt(model, linears_of(model), rank, alpha=ALPHA)
-        parts = groups(setup, model)
-        if start > 0:
-            parts[0]["lr"] = setup.rate_of_rest
-        super().__init__(name, setup, model, adamw(parts, setup))
+            adapt(model, linears_of(model), rank, setup, alpha=ALPHA)
+        super().__init__(name, setup, model, adamw(groups(setup, model), setup))
 
     @property
     def _is_adapted(self) -> bool:
@@ -216,7 +222,7 @@ class ReLoRA(Rival):
 
     def _adapt(self) -> None:
         """Ends the full-rank start; what is trained in full goes on with its moments."""
-        adapt(self.model, linears_of(self.model), self._rank, alpha=ALPHA)
+        adapt(self.model, linears_of(self.model), self._rank, self.setup, alpha=ALPHA)
         before = self.optimizer
         self.use(adamw(groups(self.setup, self.model), self.setup))
         for parameter in self.trained():
@@ -253,4 +259,4 @@ def prune(first: Tensor, second: Tensor) -> None:
 
 
 def relora(name: str, setup: Setup, rank: int | None, start: int) -> Rival:
-    return ReLoRA(name, setup, checked(name, setup, rank), start)
+    return ReLoRA(name, setup, with_peft(rank), start)

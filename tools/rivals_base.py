@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -28,7 +29,7 @@ from loqt_ds.engines.state import random_tensors
 from loqt_ds.evaluation import model_inputs, num_predicted
 from loqt_ds.method import head
 from loqt_ds.method.conversion import build_empty, initializer, target_linears, tie_weights
-from loqt_ds.method.description import model_description, training_dtype
+from loqt_ds.method.description import model_description
 from loqt_ds.run import resolve_config
 
 
@@ -48,6 +49,8 @@ class Setup:
     max_steps: of a cosine from the peak to a tenth of it, after a warm-up over the first tenth; None: a constant rate.
     max_grad_norm: of all gradients together; None: no clipping.
     vocab_size: instead of the shape's own.
+    masters: in bf16, what is trained is kept in float32, with moments in float32 or 8 bits, and only products are in
+    bf16; without, rivals train bf16 weights with moments in bf16, as their packages do. In fp32 it makes no difference.
     is_large: a refresh of GaLore or APOLLO is not made but measured on one matrix of each shape, because GaLore's, an
     SVD of every matrix, can take ten minutes.
     """
@@ -66,6 +69,7 @@ class Setup:
     growth: float | None = None
     max_grad_norm: float | None = None
     vocab_size: int | None = None
+    masters: bool = False
     is_large: bool = False
     seed: int = 0
 
@@ -91,6 +95,22 @@ class Setup:
         ]
         config = load_config(None, [*common, *options])
         return resolve_config(config, torch.device(self.device))
+
+    @property
+    def dtype_of_weights(self) -> torch.dtype:
+        """Of what rivals train."""
+        return torch.bfloat16 if self.dtype == "bf16" and not self.masters else torch.float32
+
+    @property
+    def dtype_of_products(self) -> torch.dtype:
+        """In which all contenders multiply, and which weights may have that nothing changes."""
+        return torch.bfloat16 if self.dtype == "bf16" else torch.float32
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """Around a forward of a rival: autocast, where weights have another dtype than products."""
+        if self.dtype_of_weights == self.dtype_of_products:
+            return nullcontext()
+        return torch.autocast(torch.device(self.device).type, self.dtype_of_products)
 
     @property
     def rate_of_rest(self) -> float:
@@ -157,8 +177,14 @@ class Contender(Protocol):
         predicted. `refresh`: new subspaces are found as well, where the method has any."""
         ...
 
+    def computing(self) -> AbstractContextManager[Any]:
+        """To be entered around a forward of `model` from outside, such as an evaluation, so that it computes as in a
+        step."""
+        ...
+
     def num_bytes(self) -> dict[str, int]:
-        """Of what stays: weights (what the model holds) and states (what the optimizer holds, masters included)."""
+        """Of what stays: weights (what the model holds) and states (what the optimizer holds, masters included), as
+        they are now: ReLoRA's change when a start in full rank ends."""
         ...
 
     def num_trained(self) -> int:
@@ -334,6 +360,9 @@ class Rival:
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * self.rate_factor()
 
+    def computing(self) -> AbstractContextManager[Any]:
+        return self.setup.computing()
+
     def trained(self) -> list[Tensor]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
@@ -370,7 +399,8 @@ class Rival:
         is_renewed = self.renew(refresh)
         renewing = clock.skip()
         inputs, targets = model_inputs(batch, self.device)
-        loss = self.model(**inputs, targets=targets) / count
+        with self.computing():
+            loss = self.model(**inputs, targets=targets) / count
         clock.part("forward")
         loss.backward()
         clock.part("backward")
@@ -456,9 +486,8 @@ def imported(module: str, package: str) -> Any:
 @torch.no_grad()
 def dense_model(setup: Setup) -> nn.Module:
     """transformers' own, with the weights that LoQT draws from this seed, before it quantizes them."""
-    config = setup.config()
-    model = build_empty(setup.description(), attention=config.model.attention)
-    source, dtype = initializer(setup.seed)(model), training_dtype(config)
+    model = build_empty(setup.description(), attention=setup.config().model.attention)
+    source, dtype = initializer(setup.seed)(model), setup.dtype_of_weights
     for path, module in model.named_modules():
         if list(module.named_parameters(recurse=False)):
             for name, drawn in source.module(path, module).items():

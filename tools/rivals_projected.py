@@ -2,14 +2,16 @@
 
     galore:R     galore-torch's GaLoreAdamW; scale 0.25 (GaLore, arXiv 2403.03507, section 5.1), projections by SVD
     qgalore:R    q-galore-torch's 8-bit AdamW; INT8 weights in groups of 256 that are rounded stochastically, INT4
-                 projections in groups of 256, scale 0.25; a layer's interval doubles when five new projections in a row
-                 were, by their first vector, to 0.4 like the ones before (Q-GaLore, arXiv 2407.08296, sections 3 and 4)
+                 projections in groups of 256, scale 0.25; at each refresh a layer's interval doubles where the cosine
+                 between the first vector of a projection and that of the one before was, on average over the last
+                 five refreshes, at least 0.4 (Q-GaLore, arXiv 2407.08296, sections 3 and 4)
     apollo:R     apollo-torch's APOLLOAdamW; random projections, a scale for each channel, alpha 1 (APOLLO, arXiv
                  2412.05270, section 4)
     apollomini   the same with rank 1, one scale for each matrix and alpha sqrt(128) (section 4.3 there)
 
 The packages take the square of APOLLO's alpha as `scale`. How often projections are renewed is the comparison's
-interval (200 steps in all four papers); it is where Q-GaLore's intervals start.
+interval (200 steps in all four papers); it is where Q-GaLore's intervals start. GaLore's projector keeps a view of all
+the vectors that the SVD gave; here it keeps a copy of the R that it uses, and these are what is counted.
 
 What q-galore-torch 1.0 needs on our side, seen with torch 2.13 and bitsandbytes 0.50.2:
 
@@ -42,7 +44,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from rivals_base import Clock, Rival, Setup, check_rank, dense_model, gradient, groups, imported
+from rivals_base import Clock, Rival, Setup, dense_model, gradient, groups, imported
 from torch import Tensor, nn
 
 from loqt_ds.method.conversion import target_linears
@@ -54,17 +56,17 @@ MIN_GROUP = 16  # with fewer numbers to a scale and a zero point these take as m
 
 
 @contextmanager
-def timed(owner: type, name: str, device: torch.device) -> Iterator[list[float]]:
-    """The seconds of each call of a method of a package's class, as they come."""
-    original, spent = getattr(owner, name), []  # type: Any, list[float]
+def timed_bases(projector: type, device: torch.device) -> Iterator[list[float]]:
+    """The seconds of each basis that a package's projectors find, as they come. It has its memory for itself."""
+    original, spent = projector.get_orthogonal_matrix, []  # type: ignore[attr-defined]  # type: Any, list[float]
 
-    def measured(*args: Any, **kwargs: Any) -> Any:
+    def measured(*args: Any, **kwargs: Any) -> Tensor:
         clock = Clock(device)
-        result = original(*args, **kwargs)
+        basis = original(*args, **kwargs).clone(memory_format=torch.contiguous_format)
         spent.append(clock.skip())
-        return result
+        return basis
 
-    with mock.patch.object(owner, name, measured):
+    with mock.patch.object(projector, "get_orthogonal_matrix", measured):
         yield spent
 
 
@@ -96,7 +98,7 @@ class Projected(Rival):
                 projector.update_proj_gap = 1 if refresh and not self.setup.is_large else NEVER
 
     def update(self) -> float | None:
-        with timed(self._projector, "get_orthogonal_matrix", self.device) as spent:
+        with timed_bases(self._projector, self.device) as spent:
             super().update()
         return sum(spent) if spent else None
 
@@ -172,7 +174,6 @@ def apollo(name: str, setup: Setup, rank: int | None) -> Rival:
 
 def _projected(name: str, setup: Setup, rank: int | None, make: Any, projector: type, **options: Any) -> Rival:
     assert rank is not None
-    check_rank(name, setup, rank)
     model = dense_model(setup)
     matrices, others = groups(setup, model)
     matrices |= {"rank": rank, "update_proj_gap": setup.interval or NEVER, "proj_type": "std", **options}
@@ -225,6 +226,14 @@ def group_size(*numbers: int) -> int:
     return size
 
 
+def projection_group(linears: dict[str, nn.Linear], rank: int) -> int:
+    """Of what size the groups of INT4 projections are. Raises ValueError where these, or those of INT8 weights, would
+    be tiny."""
+    for linear in linears.values():
+        group_size(linear.weight.numel())
+    return group_size(*(rank * min(linear.weight.shape) for linear in linears.values()))
+
+
 class _Int8Product(torch.autograd.Function):
     """y = x Wᵀ with W dequantized for the forward, and again for the backward. The gradient of W is added to an
     attribute of it: torch has gradients of floating point parameters only."""
@@ -238,7 +247,7 @@ class _Int8Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (x,), weight, dy = ctx.saved_tensors, ctx.layer.weight, gradients[0]
-        found = dy.flatten(0, -2).t() @ x.flatten(0, -2)  # (out, in)
+        found = (dy.flatten(0, -2).t() @ x.flatten(0, -2)).to(weight.scales.dtype)  # (out, in)
         weight.float_grad = found if weight.float_grad is None else weight.float_grad + found
         return dy @ ctx.layer.dequantized(x.dtype), None
 
@@ -267,6 +276,8 @@ class Int8Linear(nn.Module):
         return self._package._dequantize(None, w.data, dtype, w.group_size, w.scales, w.zeros)  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):  # which the backward, of its own making, knows nothing of
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         y = _Int8Product.apply(x, self)
         return y if self.bias is None else y + self.bias
 
@@ -297,11 +308,10 @@ def qgalore(name: str, setup: Setup, rank: int | None) -> Rival:
     imported("q_galore_torch", "q-galore-torch")
     make = qgalore_optimizer()
     projector = imported("q_galore_torch.q_galore_projector", "q-galore-torch").GaLoreProjector
-    check_rank(name, setup, rank)
     model = dense_model(setup)
     matrices, others = groups(setup, model)
     targets = target_linears(model, "all-linear")
-    size = group_size(*(rank * min(linear.weight.shape) for linear in targets.values()))
+    size = projection_group(targets, rank)
     quantized = {path: Int8Linear(linear) for path, linear in targets.items()}
     for path, layer in quantized.items():
         model.set_submodule(path, layer)

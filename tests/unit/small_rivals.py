@@ -22,10 +22,11 @@ PACKAGES = {
     **{"galore": "galore_torch", "qgalore": "q_galore_torch", "apollo": "apollo_torch", "apollomini": "apollo_torch"},
     **dict.fromkeys(("lora", "qlora", "loftq", "relora"), "peft"),
 }
-MODULES = ("rivals", "rivals_adapters", "rivals_projected", "rivals_base")
+MODULES = ("rivals", "rivals_adapters", "rivals_projected", "rivals_base", "candidates", "candidates_rounding")
 
 
-def modules(repository: Path) -> Iterator[Any]:
+@pytest.fixture(scope="module", name="rivals")
+def rivals_fixture(repository: Path) -> Iterator[Any]:
     """`rivals`, imported as a tool imports it; all its parts are forgotten afterwards."""
     sys.path.insert(0, str(repository / "tools"))
     yield importlib.import_module("rivals")
@@ -41,6 +42,11 @@ def write_shape(folder: Path, **others: int) -> str:
     file = folder / "tiny.json"
     file.write_text(json.dumps(content | {"max_position_embeddings": 64, "tie_word_embeddings": False} | others))
     return str(file)
+
+
+@pytest.fixture(scope="module", name="shape")
+def shape_fixture(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_shape(tmp_path_factory.mktemp("shape"))
 
 
 def batch_of(seed: int, rows: int = 3, length: int = 17) -> dict[str, Tensor]:

@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from small_rivals import HIDDEN, LAYERS, batch_of, build, modules, write_shape
+from small_rivals import HIDDEN, LAYERS, batch_of, build, rivals_fixture, shape_fixture, write_shape  # noqa: F401
 from torch import Tensor, nn
 
 from loqt_ds.core.quantization import QuantSpec, dequantize, quantize
 from loqt_ds.evaluation import evaluate
 
 RANK = 8
-
-
-@pytest.fixture(scope="module")
-def rivals(repository: Path) -> Iterator[Any]:
-    yield from modules(repository)
-
-
-@pytest.fixture(scope="module")
-def shape(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_shape(tmp_path_factory.mktemp("shape"))
 
 
 def linears(rivals: Any, setup: Any) -> dict[str, nn.Linear]:
@@ -255,7 +245,7 @@ def test_relora_merges_and_starts_anew(rivals: Any, shape: str) -> None:
 def test_relora_can_start_in_full_rank(rivals: Any, shape: str) -> None:
     options = {"lr": 2e-2, "lr_full_rank": 3e-3, "interval": 4, "max_steps": 50}
     contender = build(rivals, "relora:8+start=3", shape, **options)
-    full = build(rivals, "adamw", shape, **options | {"lr": 3e-3})
+    full = build(rivals, "adamw", shape, **options)
     for number in range(3):
         assert contender.step(batch_of(number)).loss == full.step(batch_of(number)).loss
     moment = full.optimizer.state[full.model.lm_head.weight]["exp_avg"].clone()
