@@ -36,7 +36,7 @@ from typing import Any, TextIO
 import compare_report
 import torch
 from compare_run import STATUS, Spec, open_data, write_whole
-from compare_suites import SUITES, Plan, Result, Row, Suite, check_all, data_sets, key
+from compare_suites import SUITES, Plan, Result, Row, Suite, check_all, data_sets, key, settled, without_package
 
 from loqt_ds.config import describe_model, load_config
 from loqt_ds.stopping import Terminated, sigterm_raises
@@ -47,6 +47,7 @@ ONE_RUN = Path(__file__).resolve().with_name("compare_run.py")
 POLL_SECONDS = 0.25
 LINE_SECONDS = 60.0  # between lines of progress where there is no terminal
 LEAST_SECONDS = 40.0  # before the end of --minutes in which no run is started
+LEAST_MINUTES = 2.0  # of --minutes: these, what runs pause in, and a start
 PAUSE_SECONDS = 25.0  # before the end of --minutes at which runs pause
 LATE_SECONDS = 20.0  # after the end of --minutes at which those that have not are ended
 END_SECONDS = 90.0  # that runs have to pause in when this command is interrupted: they do so before their next step
@@ -62,16 +63,17 @@ def directory_of(work: Path, spec: Spec) -> Path:
 def read_result(work: Path, spec: Spec) -> Result | None:
     """What a run came to, without its losses; None where it is not over.
 
-    Raises ValueError where the directory holds a run of another description.
+    Raises ValueError where the directory holds a run of another description; data may lie elsewhere today.
     """
     file = directory_of(work, spec) / "result.json"
     if not file.is_file():
         return None
     result: Result = json.loads(file.read_text())
-    if Spec.from_json(json.dumps(result["spec"])).method != spec.method:
-        raise ValueError(f"{file} is of another run, {result['spec']['method']}; remove it, or give another --work")
+    found = Spec.from_json(json.dumps(result["spec"]))
+    if replace(found, data=spec.data, shape=spec.shape) != spec:
+        raise ValueError(f"{file} is of another run, {found.method}; remove it, or give another --work")
     result["num_steps"] = len(result.pop("losses", []))
-    return result
+    return settled(result)
 
 
 def read_results(work: Path, rows: Sequence[Row]) -> dict[str, Result]:
@@ -247,13 +249,19 @@ class Runner:
 
     def run(self) -> bool:
         """Whether all runs are over. Ends its processes when it is interrupted."""
+        num_over, has_time = len(self.results), self._has_time
         try:
             while self._tick():
                 time.sleep(POLL_SECONDS)
         finally:
             pause(list(self._children.values()), self.progress.say)
             self.progress.close()
-        return all(row.key in self.results for row in self._rows)
+        is_done = all(row.key in self.results for row in self._rows)
+        if not (is_done or has_time or len(self.results) > num_over):
+            self.progress.say(
+                "the minutes were over when the data was ready, which it now is: the same command goes on"
+            )
+        return is_done
 
     def _tick(self) -> bool:
         """Looks after what is going on, and starts what can be; whether anything is."""
@@ -305,9 +313,11 @@ class Runner:
         assert child.row.spec is not None
         code = child.process.returncode
         result = read_result(self.work, child.row.spec)
-        if result is None and (code == STATUS["paused"] or (child.must_end and time.monotonic() > child.must_end)):
+        is_late = child.must_end is not None and time.monotonic() > child.must_end
+        if result is None and (code == STATUS["paused"] or is_late):
             self._paused.add(name)
-            self.progress.say(f"{describe(child.row)}: paused; the same command goes on")
+            told = "paused" if code == STATUS["paused"] else "ended before it could pause, and keeps what it had saved"
+            self.progress.say(f"{describe(child.row)}: {told}; the same command goes on")
             return
         if result is None:
             error = cause_of_death(code, child.directory / "log")
@@ -365,6 +375,16 @@ def locked(work: Path) -> Iterator[int]:
         yield handle.fileno()
 
 
+def refuse_unused(options: argparse.Namespace) -> None:
+    """Raises ValueError for options that would do nothing beside others."""
+    only = next((name for name in ("list", "report") if getattr(options, name)), None)
+    # how many runs there were at a time is told in a report
+    unused = {"list": ("report", "again", "minutes", "jobs"), "report": ("again", "minutes"), None: ()}[only]
+    for name in unused:
+        if getattr(options, name):
+            raise ValueError(f"--{name} does nothing beside --{only}; leave one of them out")
+
+
 def chosen_suite(options: argparse.Namespace) -> Suite:
     """The suite with what the command line says otherwise. Raises ValueError for what makes no sense."""
     suite = SUITES[options.suite]
@@ -372,6 +392,11 @@ def chosen_suite(options: argparse.Namespace) -> Suite:
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise ValueError(f"--{name} {value}: give a positive number")
+    if options.minutes is not None and options.minutes < LEAST_MINUTES:
+        raise ValueError(
+            f"--minutes {options.minutes:g}: runs need time to start and to pause; give at least {LEAST_MINUTES:g}"
+        )
+    refuse_unused(options)
     spec = dict(suite.spec)
     if options.steps is not None:
         for name in ("interval", "eval_every"):
@@ -404,12 +429,21 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME=TRAIN[,TRAIN...][:VALIDATION]",
         help="a data set: files, globs or directories; again for more (default: stdlib, Python's own source)",
     )
-    made.add_argument("--methods", nargs="+", metavar="METHOD[:RANK][+OPTION=VALUE...]", help="instead of the suite's")
-    made.add_argument("--shape", help="instead of the suite's: a name in configs/models, or a file")
+    made.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="METHOD[:RANK][+OPTION=VALUE...]",
+        help="instead of all that the suite has: its methods, its variants of LoQT and its components of memory",
+    )
+    made.add_argument(
+        "--shape",
+        help="instead of the suite's one or several: a name in configs/models, or a file; the ranks of the suite's own "
+        "methods stay those of its first shape",
+    )
     made.add_argument("--seeds", type=int, help="how many, from 0 on")
     made.add_argument("--steps", type=int, help="of every run")
     made.add_argument("--jobs", type=int, help="runs at a time (default: 2; gpu: 1)")
-    made.add_argument("--minutes", type=float, help="of this call: runs pause then, where they can")
+    made.add_argument("--minutes", type=float, help=f"of this call, at least {LEAST_MINUTES:g}: runs pause then")
     made.add_argument("--work", type=Path, default=Path("runs/compare"), help="where runs go (default: runs/compare)")
     made.add_argument("--output", type=Path, help="of the report (default: benchmarks/results/compare_SUITE)")
     made.add_argument("--again", action="store_true", help="repeat runs that failed")
@@ -422,9 +456,28 @@ def prepare(plan: Plan) -> None:
     """Tokenizes every data set, so that no run does it beside one that is timed. Raises ValueError for data that the
     runs could not use."""
     suite = plan.suite
-    for data in plan.data.values():
-        options = (*data.options, f"data.tokenizer_vocab_size={suite.vocabulary}")
-        open_data(Spec("adamw", options, 0.0, 0.0, **{**suite.spec, "shape": suite.scales[0][0]}))
+    specs = [
+        Spec("adamw", (*data.options, f"data.tokenizer_vocab_size={suite.vocabulary}"), 0.0, 0.0,
+             **{**suite.spec, "shape": suite.scales[0][0]})
+        for data in plan.data.values()
+    ]  # fmt: skip
+    of_memory = [row.spec for row in plan.rows({}) if row.part == "memory" and row.spec is not None]
+    for spec in [*specs, *of_memory[:1]]:  # which are all on the same data
+        open_data(spec)
+
+
+def tell_missing(plan: Plan, results: Mapping[str, Result], say: Callable[[str], None]) -> None:
+    """Says which of the runs that there are to come will fail for want of a package."""
+    rows = [row for row in plan.rows(results) if row.key is None or row.key not in results]
+    lacking: dict[str, list[str]] = {}
+    for contender in dict.fromkeys(row.contender for row in rows):
+        if (package := without_package(contender)) is not None:
+            lacking.setdefault(package, []).append(contender)
+    for package, contenders in lacking.items():
+        say(
+            f"{package} is not installed: {', '.join(contenders)} will be shown as failed; to have them, "
+            "pip install -e '.[compare]' now, or later and then --again"
+        )
 
 
 def forget_failed(work: Path, plan: Plan) -> None:
@@ -451,9 +504,10 @@ def run_all(options: argparse.Namespace, plan: Plan, started: float) -> tuple[bo
     until = None if options.minutes is None else started + 60 * options.minutes
     progress = Progress(sys.stdout)
     with locked(options.work) as lock, sigterm_raises():
-        if options.again:
-            forget_failed(options.work, plan)
         try:
+            if options.again:
+                forget_failed(options.work, plan)
+            tell_missing(plan, known_results(options.work, plan), progress.say)
             prepare(plan)
             return Runner(plan, options.work, lock=lock, until=until, progress=progress).run(), 0
         except KeyboardInterrupt as stopped:

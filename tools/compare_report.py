@@ -240,8 +240,8 @@ In bf16 all methods hold precision equal: products are in bf16, and what is trai
 float32 or, of 8-bit optimizers, in 8 bits. LoQT does so as shipped, with bf16 weights and gradients and float32 masters
 that count as states. The others have float32 weights and gradients and multiply under autocast (what runs between the
 products, such as the residual stream, is float32 there too); weights that are frozen are bf16 or 4-bit ones, and
-Q-GaLore's INT8 weights have no masters, which is its method. Their packages by themselves would update bf16 weights with
-moments in bf16, whose second ones hardly decay: that is not what is shown here."""
+Q-GaLore's INT8 weights have no masters, which is its method. By themselves their packages would update bf16 weights
+with moments in bf16, whose second ones hardly decay: that is not what is shown here."""
 
 
 # ---------------------------------------------------------------- all

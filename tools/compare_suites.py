@@ -15,12 +15,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import rivals
 from compare_run import Spec, setup_of
-from rivals import LOQT_OPTIONS, candidates_of, options_of, parse, run_options, start_of
-from rivals_base import check_rank
+from rivals import options_of, parse
 
 from loqt_ds.config import Config, load_config
 from loqt_ds.data.files import check_files, resolve_paths
@@ -80,6 +81,22 @@ def rates(method: str, shape: str) -> tuple[float, float]:
             if name in table:
                 return table[name]
     raise ValueError(f"method {method!r} has no stored learning rate; there is one for {', '.join(RATES)}")
+
+
+# The packages that methods are (the extra `compare`), by the names they are imported by.
+PACKAGE_OF = {
+    "galore": "galore_torch",
+    "qgalore": "q_galore_torch",
+    "apollo": "apollo_torch",
+    "apollomini": "apollo_torch",
+    **dict.fromkeys(("lora", "qlora", "loftq", "relora"), "peft"),
+}
+
+
+def without_package(method: str) -> str | None:
+    """The package that a method needs and that is not installed."""
+    package = PACKAGE_OF.get(parse(method)[0])
+    return package if package is not None and find_spec(package) is None else None
 
 
 # ---------------------------------------------------------------- data
@@ -356,30 +373,12 @@ def with_optimizer(method: str) -> str:
     return f"{method}+optim.name={shipped('optim.name')}"
 
 
-def check(spec: Spec, vocabulary: int) -> None:
-    """Raises ValueError for a run whose method does not exist, or whose options, rank or candidates cannot be."""
-    setup = setup_of(replace(spec, device="cpu"), vocabulary)
-    method, rank = parse(spec.method)
-    if rank is not None:
-        check_rank(spec.method, setup, rank)
-    if method.startswith("loqt"):
-        setup.config(*setup.schedule(), *LOQT_OPTIONS[method], *run_options(spec.method))
-        if chosen := candidates_of(spec.method):
-            import candidates
-
-            candidates.check(chosen)
-    elif method == "relora" and start_of(spec.method) >= spec.steps:
-        raise ValueError(
-            f"{spec.method}: all {spec.steps} steps would be in full rank; give a start below the number of steps"
-        )
-
-
 def check_all(suite: Suite) -> None:
-    """Raises ValueError for a row of a suite that cannot be run."""
+    """Raises ValueError for a row of a suite that cannot be run: its method, options, rank or candidates."""
     plan = Plan(replace(suite, search=(), seeds=1, variants_on=1), [DataSet(STDLIB)])
     for row in plan.rows({}):
         assert row.spec is not None  # there is no search
-        check(row.spec, suite.vocabulary_of(row.part))
+        rivals.check(row.spec.method, setup_of(row.spec, suite.vocabulary_of(row.part)))
 
 
 # ---------------------------------------------------------------- a run's name

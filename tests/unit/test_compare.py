@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 
-TOOLS = ("fit", "candidates", "rivals", "compare_run", "compare_suites", "compare_report", "compare_plots", "compare")
+TOOLS = ("fit", "candidates", "rivals", "compare_run", "compare_suites", "compare_lines", "compare_variants")
+TOOLS += ("compare_report", "compare_plots", "compare")
 
 # Does what DO, a JSON file, says of its method: a result's status, or how the process ends. Notes that it was started.
 SCRIPT = """
@@ -166,7 +167,7 @@ def test_a_run_that_does_not_pause_in_time_is_ended(compare: Any, bench: Any, mo
     made = bench("adamw", "lora:8", jobs=1)
     assert not made.run(time.monotonic() + 0.4, adamw="waits")
     assert made.starts[0][0] == "adamw" and float(made.starts[0][3].strip("[]'")) == 1.0
-    assert made.statuses == {} and "paused; the same command goes on" in made.says.getvalue()
+    assert made.statuses == {} and "ended before it could pause, and keeps what it had saved" in made.says.getvalue()
     assert len(made.starts) == 1  # the time is over
     assert made.run()
 
@@ -174,6 +175,8 @@ def test_a_run_that_does_not_pause_in_time_is_ended(compare: Any, bench: Any, mo
 def test_nothing_is_started_at_the_end_of_the_minutes(bench: Any) -> None:
     made = bench("adamw")
     assert not made.run(time.monotonic() + 5) and made.starts == []
+    assert "the minutes were over when the data was ready" in made.says.getvalue()
+    assert made.run() and made.says.getvalue().count("the minutes were over") == 1
 
 
 def test_a_search_decides_what_comes_next(bench: Any) -> None:
@@ -192,15 +195,44 @@ def test_two_at_work_in_one_directory_are_one_too_many(compare: Any, tmp_path: P
         assert fcntl.fcntl(lock, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
 
 
-def test_a_directory_of_another_run_is_refused(compare: Any, bench: Any) -> None:
+@pytest.mark.parametrize(("field", "value"), [("method", "lora:8"), ("lr", 0.5), ("final_tokens", 77), ("seed", 3)])
+def test_a_directory_of_another_run_is_refused(compare: Any, bench: Any, field: str, value: Any) -> None:
     made = bench("adamw")
     made.run()
     file = next(made.work.glob("runs/*/result.json"))
     content = json.loads(file.read_text())
-    content["spec"]["method"] = "lora:8"
+    content["spec"]["data"] = ["data.path=elsewhere"]
     file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="is of another run, lora:8"):
+    assert compare.known_results(made.work, made.plan)
+    content["spec"][field] = value
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="is of another run, " + (value if field == "method" else "adamw")):
         compare.known_results(made.work, made.plan)
+
+
+def test_a_run_that_ends_in_nothing_finite_has_diverged(compare: Any, bench: Any) -> None:
+    made = bench("adamw", "lora:8")
+    made.run()
+    file = next(made.work.glob("runs/*lora*/result.json"))
+    content = json.loads(file.read_text())
+    content["final"]["loss"] = float("nan")
+    file.write_text(json.dumps(content))
+    assert made.statuses == {"adamw": "done", "lora:8": "diverged"}
+
+
+def test_methods_without_their_package_are_told_of(compare: Any, bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    suites = sys.modules["compare_suites"]
+    monkeypatch.setattr(suites, "find_spec", lambda name: None if name in ("peft", "apollo_torch") else name)
+    made, told = bench("adamw", "lora:8", "galore:8", "qlora:8", "apollomini"), []
+    compare.tell_missing(made.plan, {}, told.append)
+    assert [text.partition(" to ")[0] for text in told] == [
+        "peft is not installed: lora:8, qlora:8 will be shown as failed;",
+        "apollo_torch is not installed: apollomini will be shown as failed;",
+    ]
+    made.run()
+    told.clear()
+    compare.tell_missing(made.plan, made.runner.results, told.append)
+    assert told == []  # of runs that are over there is nothing to say
 
 
 class Terminal(io.StringIO):
@@ -236,6 +268,14 @@ WRONG = [
     (["--suite", "small", "--minutes", "-3"], "--minutes -3"),
     (["--suite", "small", "--methods", "adam"], "no method 'adam'"),
     (["--suite", "small", "--methods", "loqt"], "needs a rank"),
+    (["--suite", "small", "--methods", "galore:4000", "--list"], "4000"),
+    (["--suite", "small", "--methods", "relora:8+start=400"], "start"),
+    (["--suite", "small", "--methods", "loqt:8+loqt.alpha={x}"], "loqt.alpha"),
+    (["--suite", "small", "--minutes", "0.5"], "--minutes 0.5: runs need time to start and to pause; give at least 2"),
+    (["--suite", "small", "--list", "--report"], "--report does nothing beside --list"),
+    (["--suite", "small", "--list", "--jobs", "2"], "--jobs does nothing beside --list"),
+    (["--suite", "small", "--report", "--again"], "--again does nothing beside --report"),
+    (["--suite", "small", "--report", "--minutes", "9"], "--minutes does nothing beside --report"),
     (["--suite", "small", "--methods", "adamw", "lora:8", "adamw"], "adamw is given twice"),
     (["--suite", "small", "--methods", "loqt:8+loqt.alpha=much"], "loqt.alpha"),
     (["--suite", "small", "--methods", "loqt:8+candidate.nonsense=1"], "nonsense"),

@@ -61,6 +61,7 @@ def test_every_suite_can_be_run(suites: Any) -> None:
         ("loqt:32+loqt.alpha={x}", "loqt.alpha"),
         ("loqt:32+optim.layerwise=true+train.max_grad_norm_per_parameter=1.0", "optim.layerwise"),
         ("loqt:32+candidate.nonsense=1", "nonsense"),
+        ("loqt:32+candidate.sketch=gauss", "subspace=sketch"),
         ("adam", "no method 'adam'"),
         ("galore:4000", "4000"),
         ("loqt:4000", "4000"),
@@ -86,7 +87,7 @@ def test_layerwise_components_clip_as_they_can(suites: Any) -> None:
     plan = suites.Plan(suites.SUITES["full"], [suites.DataSet("one"), suites.DataSet("two")])
     rows = [row for row in plan.rows({}) if row.part == "memory"]
     assert {option for row in rows for option in row.spec.data} == {"data.tokenizer_vocab_size=32000"}
-    config = suites.setup_of(rows[-1].spec, 256).config(*suites.run_options(rows[-1].spec.method))
+    config = suites.setup_of(rows[-1].spec, 256).config(*suites.rivals.run_options(rows[-1].spec.method))
     assert (config.optim.layerwise, config.train.max_grad_norm) == (True, None)
 
 
