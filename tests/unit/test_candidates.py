@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from helpers import effective_weight, make_config, relative
+from test_controller import energy, projector, top_projector
 from torch import Tensor, nn
 
 from loqt_ds.core.quantization import quantize
+from loqt_ds.core.schedules import ReinitSchedule
 from loqt_ds.engines.single import SingleEngine
 from loqt_ds.method.controller import Controller
 from loqt_ds.method.conversion import convert, loqt_layers
@@ -115,21 +117,6 @@ class Run:
 
     def weights(self) -> dict[str, Tensor]:
         return {side: effective_weight(layer) for side, layer in self.layers.items()}
-
-
-def top(matrix: np.ndarray, rank: int = RANK) -> np.ndarray:
-    """The projection on the first left singular vectors."""
-    left = np.linalg.svd(matrix, full_matrices=False)[0][:, :rank]
-    return left @ left.T
-
-
-def projection(layer: Any) -> np.ndarray:
-    q = np.linalg.qr(layer.basis_hat().double().numpy())[0]
-    return q @ q.T
-
-
-def energy(matrix: np.ndarray, projected: np.ndarray) -> float:
-    return float(np.linalg.norm(projected @ matrix) ** 2 / np.linalg.norm(matrix) ** 2)
 
 
 def blocks_of(matrix: Tensor, size: int) -> np.ndarray:
@@ -309,12 +296,12 @@ def test_p_of_several_steps_gradients(candidates: Any, method: str) -> None:
             report = run.step()
         for side, layer in run.layers.items():
             matrix = run.gradient(*steps, side=side)
-            best = energy(matrix, top(matrix))
-            assert energy(matrix, projection(layer)) == pytest.approx(best, rel=1e-4 if method == "exact" else 0.03)
+            best = energy(matrix, top_projector(matrix, RANK))
+            assert energy(matrix, projector(layer)) == pytest.approx(best, rel=1e-4 if method == "exact" else 0.03)
         by_name = {layer.name: layer.captured_energy for layer in report.layers}
         if method == "exact":
             assert by_name["right"] == pytest.approx(
-                energy(run.gradient(*steps, side="right"), projection(run.layers["right"])), rel=1e-4
+                energy(run.gradient(*steps, side="right"), projector(run.layers["right"])), rel=1e-4
             )
         assert all(layer.tap is None for layer in run.layers.values())
 
@@ -335,7 +322,7 @@ def test_a_skipped_step_is_left_out_of_the_sum(candidates: Any) -> None:
     run.step()
     for side, layer in run.layers.items():
         matrix = run.gradient(5, 6, side=side)
-        assert energy(matrix, projection(layer)) == pytest.approx(energy(matrix, top(matrix)), rel=1e-4)
+        assert energy(matrix, projector(layer)) == pytest.approx(energy(matrix, top_projector(matrix, RANK)), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["gauss", "moment"])
@@ -411,7 +398,7 @@ def test_what_p_captures_is_compared_with_the_best(candidates: Any) -> None:
     parts = {}
     for side, layer in run.layers.items():
         matrix = run.gradient(3, side=side)
-        parts[side] = energy(matrix, projection(layer)) / energy(matrix, top(matrix))
+        parts[side] = energy(matrix, projector(layer)) / energy(matrix, top_projector(matrix, RANK))
     assert abs(parts["right"] - parts["left"]) > 0.01 and max(parts.values()) < 1
     limit = sum(parts.values()) / 2
     run = Run(candidates, {"criterion": str(limit)})
@@ -430,7 +417,7 @@ def test_aligning_turns_p_within_its_span(candidates: Any) -> None:
         run.step()
     for side, layer in aligned.layers.items():
         new, other = layer.basis_hat().double(), plain.layers[side].basis_hat().double()
-        assert np.linalg.norm(projection(layer) - projection(plain.layers[side])) < 1e-4
+        assert np.linalg.norm(projector(layer) - projector(plain.layers[side])) < 1e-4
         middle = new.T @ old[side]  # symmetric and positive where no turn of P comes closer
         assert relative(middle.T, middle) < 1e-4 and float(torch.linalg.eigvalsh(middle).min()) > -1e-6
         assert float((new - old[side]).norm()) < 0.97 * float((other - old[side]).norm())
@@ -445,7 +432,7 @@ def test_sampled_directions_are_singular_vectors_and_strong_ones_come_more_often
         chosen = np.abs(left.T @ layer.basis_hat().double().numpy())  # (k, r)
         np.testing.assert_allclose(chosen.max(0), 1, atol=1e-3)
         assert len(set(chosen.argmax(0))) == RANK
-        assert energy(matrix, projection(layer)) < 0.98 * energy(matrix, top(matrix))
+        assert energy(matrix, projector(layer)) < 0.98 * energy(matrix, top_projector(matrix, RANK))
     gathered = sys.modules["candidates"].Gathered(torch.from_numpy(matrix).float(), None, False, TOKENS)
     counts = np.zeros(len(values))
     for seed in range(300):
@@ -477,7 +464,7 @@ def test_a_random_subspace_does_not_look_at_the_gradient(candidates: Any) -> Non
         assert torch.equal(p, other.layers[side].basis_hat())
         assert relative(p.T @ p, torch.eye(RANK)) < 1e-5
         told = next(entry.captured_energy for entry in report.layers if entry.name == side)
-        assert told == pytest.approx(energy(one.gradient(0, side=side), projection(layer)), rel=1e-4)
+        assert told == pytest.approx(energy(one.gradient(0, side=side), projector(layer)), rel=1e-4)
 
 
 # ---------------------------------------------------------------- in an engine: moments
@@ -583,6 +570,18 @@ def test_what_would_do_nothing_is_refused(
     if not loqt and "takes" not in message:  # what needs no engine to be known
         with pytest.raises(ValueError, match=message):
             candidates.check(wanted)
+
+
+def test_denoise_wants_to_know_what_comes(candidates: Any) -> None:
+    class Whenever(ReinitSchedule):
+        def is_due(self, step: int) -> bool:
+            return step == 3
+
+    run = Run(candidates, {})
+    run.controller.schedule = Whenever("static", 3)
+    with pytest.raises(ValueError, match=r"denoise=2 takes a schedule that is known ahead"):
+        candidates.install(run.engine, {"denoise": "2"})
+    candidates.install(run.engine, {"denoise": "2", "criterion": "0.5"})  # which brings a schedule
 
 
 def test_candidates_come_before_the_first_step(candidates: Any) -> None:
