@@ -124,6 +124,7 @@ def setup_of(spec: Spec, vocab_size: int) -> Setup:
         max_steps=spec.steps,
         max_grad_norm=spec.max_grad_norm,
         vocab_size=vocab_size,
+        masters=spec.dtype == "bf16",  # as LoQT's default: who updates bf16 weights trains with a handicap
         seed=spec.seed,
     )
 
@@ -148,7 +149,8 @@ class Comparand:
 
     def evaluate(self, max_tokens: int | None) -> Evaluation:
         batches = self.bundle.validation.batches(self.spec.rows, max_tokens)
-        return evaluate(self.contender.model, batches, self.device)
+        with self.contender.computing():
+            return evaluate(self.contender.model, batches, self.device)
 
     def note_progress(self) -> None:
         now = {"step": len(self.losses), "steps": self.spec.steps, "seconds": self.seconds, "loss": self.losses[-1]}

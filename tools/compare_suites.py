@@ -45,8 +45,8 @@ RATES: Rates = {
     "qlora": (4e-3, 1.6e-2),
     "loftq": (4e-3, 1.6e-2),
     "relora": (4e-3, 1.6e-2),
-    "loqt": (1e-2, 1.6e-2),
-    "loqtnq": (1e-2, 1.6e-2),
+    "loqt": (1e-2, 4e-2),
+    "loqtnq": (1e-2, 4e-2),
 }
 # The published rates of the shapes that the papers train; the rest is RATES'.
 PUBLISHED: Rates = {
