@@ -10,10 +10,11 @@ own files are NAME=TRAIN[,TRAIN...][:VALIDATION]; without --data it is what the 
 own source. Every run is a process of its own (`tools/compare_run.py`), --jobs of them at a time, each with the cores
 divided by --jobs as its threads.
 
-A run is a directory in --work, named after what it depends on. A run that is over, also one that diverged or failed, is
-not repeated (--again repeats those that failed): the same command goes on where it was stopped, and other commands find
-the runs that they share. REPORT.md, results.json and plots go to --output; --report writes these alone, --list says
-which runs there are. With --steps, the intervals between re-initializations and evaluations stay in proportion.
+A run is a directory in --work, named after what it is told (`compare_suites.key` says what that leaves out: code and
+packages, for example). A run that is over, also one that diverged or failed, is not repeated (--again repeats those
+that failed): the same command goes on where it was stopped, and other commands find the runs that they share. REPORT.md
+and results.json and plots go to --output; --report writes these alone, --list says which runs there are. With --steps,
+the intervals between re-initializations and evaluations stay in proportion.
 """
 
 from __future__ import annotations
@@ -413,7 +414,6 @@ def chosen_suite(options: argparse.Namespace) -> Suite:
         suite = replace(suite, scales=((shape, suite.scales[0][1]),))
     for shape, _ in suite.scales:
         describe_model(load_config(None, [f"model.shape={shape}", "data.sequence_length=2"]))
-    check_all(suite)
     only_looks = options.report or options.list
     if suite.spec.get("device") == "cuda" and not only_looks and not torch.cuda.is_available():
         raise ValueError(f"--suite {suite.name} needs a CUDA device and torch sees none; --suite small needs none")
@@ -524,6 +524,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         suite = chosen_suite(options)
         plan = Plan(suite, data_sets(options.data or [], suite))
+        check_all(suite)
         results = known_results(options.work, plan)
         if options.list:
             show_list(plan, results)

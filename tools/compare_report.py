@@ -219,9 +219,10 @@ def reading(spec: Spec) -> str:
   to be laid next to published tables only.
 - *Rates*: peak learning rates of the adapted matrices (or what takes their place), and of embeddings, norms and head,
   which all methods train in full.
-- Bytes are of tensors: weights at the end, gradients and optimizer states (with their masters) at their largest.
-  *Peak* is what the process needed above what it had before there was a model, evaluation included: on a CPU resident,
-  on CUDA allocated. Of a run *in parts* it is the largest of all parts, and on a CPU reading back its state is in it.
+- Bytes are of tensors: weights at the end, gradients and optimizer states (with their masters) at their largest; of
+  ReLoRA after a start in full rank, weights and trained parameters are those with adapters. *Peak* is what the process
+  needed above what it had before there was a model, evaluation included: on a CPU resident, on CUDA allocated. Of a run
+  *in parts* it is the largest of all parts, and on a CPU reading back its state is in it.
 - *Tokens/s* is of steps alone, re-initializations included; runs share the machine as said above.
 - *Re-initializations*: how many steps had one, their seconds and share of the run: LoQT's re-initializations, new
   projections of GaLore, Q-GaLore and APOLLO, restarts of ReLoRA.

@@ -349,7 +349,8 @@ def shipped_growth() -> float | None:
 @cache
 def shipped_config() -> Config:
     """What LoQT without options is trained with here; its interval and rank are a suite's."""
-    setup = setup_of(Spec("loqt:1", (), 1e-3, 1e-3, growth=shipped_growth()), 256)  # type: ignore[arg-type]
+    content: dict[str, Any] = {"growth": shipped_growth()}
+    setup = setup_of(Spec("loqt:1", (), 1e-3, 1e-3, **content), 256)
     return setup.config(*setup.schedule(), f"optim.name={shipped('optim.name')}")
 
 
@@ -376,7 +377,7 @@ def with_optimizer(method: str) -> str:
 def check_all(suite: Suite) -> None:
     """Raises ValueError for a row of a suite that cannot be run: its method, options, rank or candidates."""
     plan = Plan(replace(suite, search=(), seeds=1, variants_on=1), [DataSet(STDLIB)])
-    for row in plan.rows({}):
+    for row in {row.key: row for row in plan.rows({})}.values():
         assert row.spec is not None  # there is no search
         rivals.check(row.spec.method, setup_of(row.spec, suite.vocabulary_of(row.part)))
 

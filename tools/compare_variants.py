@@ -24,17 +24,19 @@ the spread over seeds decide nothing."""
 
 DECIDING = """\
 Best first by the mean difference of the held-out loss over data sets and seeds; below 0 is better than LoQT as shipped.
-± is the standard deviation over seeds. What lacks runs comes last."""
+± is the standard deviation over seeds; seeds are those that both were trained with. What lacks runs comes last."""
 
 
 def variant_tables(every: Sequence[Line]) -> list[str]:
-    """All variants in one table; and one for each group."""
+    """All variants in one table; and one for each group that has several."""
     found = [line for line in every if line.part == "variant"]
     if not found:
         return []
     told = ["## Variants of LoQT", "", VARIANTS, "", *deciding_table(every)]
     for group in dict.fromkeys(line.group for line in found):
         here = [line for line in found if line.group == group]
+        if len({line.label for line in here}) == 1:
+            continue
         told += [f"### {group}", ""]
         told += table(VARIANT_HEAD, [variant_cells(line, every) for line in here])
         if group == PAPER:
@@ -148,7 +150,7 @@ def deciding_cells(
         plus_minus(list(against.values()), 4, "+"),
         plus_minus(list(line.values(perplexity).values()), 2),
         plus_minus(list(ratios(line, base, perplexity).values()), 4),
-        f"{len(line.done)} of {line.num_seeds}",
+        f"{len(against) if line.part == 'variant' else len(line.done)} of {line.num_seeds}",
         verdict,
         trouble(line),
     ]
