@@ -220,6 +220,25 @@ def test_a_run_that_ends_in_nothing_finite_has_diverged(compare: Any, bench: Any
     assert made.statuses == {"adamw": "done", "lora:8": "diverged"}
 
 
+def test_data_that_is_too_small_for_components_alone(compare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    suites, opened, told = sys.modules["compare_suites"], [], []  # type: Any, list[str], list[str]
+    plan = suites.Plan(suites.SUITES["full"], [suites.DataSet("one"), suites.DataSet("two")])
+    limit = 10000
+
+    def opens(spec: Any) -> None:
+        opened.append(spec.data[-1].partition("=")[2])
+        if int(opened[-1]) > limit:
+            raise ValueError("too small")
+
+    monkeypatch.setattr(compare, "open_data", opens)
+    compare.prepare(plan, told.append)
+    assert opened == ["4096", "4096", "32000"]
+    assert told == ["the components of memory will be shown as failed: too small"]
+    limit = 1000
+    with pytest.raises(ValueError, match="too small"):
+        compare.prepare(plan, told.append)
+
+
 def test_methods_without_their_package_are_told_of(compare: Any, bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     suites = sys.modules["compare_suites"]
     monkeypatch.setattr(suites, "find_spec", lambda name: None if name in ("peft", "apollo_torch") else name)
