@@ -63,7 +63,7 @@ class Spec:
     length: int = 256
     steps: int = 400
     interval: int = 40
-    growth: float = 1.2
+    growth: float | None = 1.2
     max_grad_norm: float = 1.0
     eval_every: int = 50
     eval_tokens: int = 32768

@@ -35,16 +35,16 @@ VALIDATION_FRACTION = 0.08  # of documents, where a data set names no files to v
 Rates = Mapping[str, tuple[float, float]]
 # Found by trying on Wikipedia with llama_2m (benchmarks/DEFAULTS.md has what was tried).
 RATES: Rates = {
-    "adamw": (2e-3, 1.6e-2),
-    "adamw8bit": (2e-3, 1.6e-2),
-    "galore": (1e-2, 1.6e-2),
-    "qgalore": (1e-2, 1.6e-2),
-    "apollo": (1e-2, 1.6e-2),
-    "apollomini": (1e-2, 1.6e-2),
-    "lora": (4e-3, 1.6e-2),
-    "qlora": (4e-3, 1.6e-2),
-    "loftq": (4e-3, 1.6e-2),
-    "relora": (4e-3, 1.6e-2),
+    "adamw": (2e-3, 4e-2),
+    "adamw8bit": (2e-3, 4e-2),
+    "galore": (1e-2, 4e-2),
+    "qgalore": (1e-2, 4e-2),
+    "apollo": (1e-2, 4e-2),
+    "apollomini": (1e-2, 4e-2),
+    "lora": (4e-3, 4e-2),
+    "qlora": (4e-3, 4e-2),
+    "loftq": (4e-3, 4e-2),
+    "relora": (4e-3, 4e-2),
     "loqt": (1e-2, 4e-2),
     "loqtnq": (1e-2, 4e-2),
 }
