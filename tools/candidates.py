@@ -28,9 +28,8 @@ sketch=gauss|moment   The columns Ω of a sketch: Gaussian ones as they are, or 
     loqt.subspace=sketch.
 criterion=X   Every loqt.interval steps each layer is asked whether its P still does: it is re-initialized only where
     ‖P̂ᵀA‖² < X ‖P_newᵀA‖², A the gradient of that step and P̂ with orthonormal columns. Replaces the schedule.
-momentum=transport|second   Adam's state of B at a re-initialization. transport: M ← M O, O = P̂_oldᵀP̂_new, as
-    loqt.optimizer_state=project, but the second moment stays, and with it the size of steps; second: M ← 0, the second
-    moment stays.
+momentum=second   Adam's state of B at a re-initialization: M ← 0, and the second moment stays (between reset and
+    transport of loqt.optimizer_state).
 factor=keep   Compensation starts from the W_q that is there, and not from the rounded W: where that leaves the smallest
     error, codes stay as they are and B takes over what the new P can hold. What it cannot is lost, but for
     error_feedback.
@@ -82,7 +81,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "denoise": ("a number of steps, 2 or more",),
     "sketch": ("gauss", "moment"),
     "criterion": ("a part, above 0 and up to 1",),
-    "momentum": ("transport", "second"),
+    "momentum": ("second",),
     "factor": ("keep",),
     "align": ("1",),
     "basis": ("sample", "random"),
@@ -345,9 +344,7 @@ class CandidateController(Controller):
     ) -> tuple[Tensor, Tensor]:
         if self.wanted.momentum is None:
             return super()._carry_moments(layer, first, second, new_hat)
-        if self.wanted.momentum == "second":
-            return torch.zeros_like(first), second
-        return first.float() @ overlap(layer.basis_hat(), new_hat), second
+        return torch.zeros_like(first), second
 
     def _merged(self, name: str, factor: Tensor | None) -> Tensor:
         weight, residual = super()._merged(name, factor), self._residuals.get(name)

@@ -237,6 +237,7 @@ def values(group: str, option: str, *of: str) -> list[Variant]:
 
 
 NEITHER = ("loqt.compensation_steps=0", "loqt.schedule=static")
+MOMENTS = "Adam's moments of B at a re-initialization"
 PAPER = "The paper's two ideas"  # whose table tells how much of the gap to no quantization each closes
 FORMAT = "Format of W and P"
 SUBSPACE = "Subspace P"
@@ -252,7 +253,7 @@ ABLATIONS = (
     *values("Double quantization", "loqt.double_quant", "none", "w", "p", "both"),
     *values("Schedule of re-initializations", "loqt.schedule", "exponential", "static"),
     *(Variant("Rank", label, rank=rank) for label, rank in (("half", 0.5), ("as shipped", 1.0), ("twice", 2.0))),
-    *values("Adam's moments of B at a re-initialization", "loqt.optimizer_state", "keep", "reset", "project"),
+    *values(MOMENTS, "loqt.optimizer_state", "keep", "reset", "project", "transport"),
     Variant(SUBSPACE, "exact", ("loqt.subspace=exact",)),
     Variant(SUBSPACE, "sketch", ("loqt.subspace=sketch",)),
     Variant(SUBSPACE, "sketch, Gaussian columns only", ("loqt.subspace=sketch", "candidate.sketch=gauss")),
@@ -277,9 +278,9 @@ MEMORY_SPEC = {"steps": 4, "interval": 2, "rows": 4, "eval_every": 4, "eval_toke
 
 # What may become a default: tried on two data sets and with three seeds (benchmarks/DEFAULTS.md).
 CANDIDATES = (
-    *values("Adam's moments of B at a re-initialization", "loqt.optimizer_state", "keep", "project", "reset"),
+    *values(MOMENTS, "loqt.optimizer_state", "keep", "reset", "project", "transport"),
     *values("Steps between re-initializations", "loqt.interval", "10", "40"),
-    *values("Learning rate of embeddings, norms and head", "optim.lr_full_rank", "0.04"),
+    *values("Learning rate of embeddings, norms and head", "optim.lr_full_rank", "0.016"),
     Variant("Rank", "twice", rank=2.0),
     *values("Error feedback", "candidate.error_feedback", "fp32"),
     *values("Scales of blocks", "candidate.absmax", "search"),
@@ -288,7 +289,7 @@ CANDIDATES = (
     *values("Steps behind the gradient of P", "candidate.denoise", "4"),
     *values("Vectors of P", "candidate.basis", "sample"),
     *values("P aligned with the one before", "candidate.align", "1"),
-    *values("Adam's moments, more ways", "candidate.momentum", "transport"),
+    *values("Adam's moments, more ways", "candidate.momentum", "second"),
     Variant("Sketch", "moment", ("loqt.subspace=sketch", "candidate.sketch=moment")),
     Variant("Learning rate after a re-initialization", "from zero, 10 steps", ("optim.schedule=cosine_rewarmup",)),
     *values("Iterations of compensation", "loqt.compensation_steps", "0"),

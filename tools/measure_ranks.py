@@ -226,7 +226,7 @@ def loopback_bytes() -> int:
 def formula(model: nn.Module, config: Any, *, stage: int = 2) -> dict[str, dict[str, int]]:
     """Payload bytes of each of STEPS by purpose; small messages apart. `model` may be on the meta device."""
     from loqt_ds.core.quantization import packed_layout
-    from loqt_ds.method.controller import NUM_PROBES, POWER_ITERATIONS, subspace_method
+    from loqt_ds.method.controller import CARRIED, NUM_PROBES, POWER_ITERATIONS, subspace_method
     from loqt_ds.method.conversion import loqt_layers
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -235,7 +235,7 @@ def formula(model: nn.Module, config: Any, *, stage: int = 2) -> dict[str, dict[
     # Stage 2 sums the gradients of each micro-batch, stage 1 those of the step.
     accumulated = {"gradients": 2 * weights if stage == 2 else weights, "parameters": weights}
     first, later = dict.fromkeys(PURPOSES, 0) | ordinary, dict.fromkeys(PURPOSES, 0) | ordinary
-    project = config.loqt.optimizer_state == "project"
+    project = config.loqt.optimizer_state in CARRIED
     for layer in loqt_layers(model).values():
         k, length, r = layer.basis_shape[0], layer.factor_length, layer.rank
         width = 2 if layer.B.dtype == torch.bfloat16 else 4

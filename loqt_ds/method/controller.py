@@ -61,6 +61,8 @@ AUTO_WHOLE_LIMIT = 512
 # this smaller side, if the rank is no more than this part of it.
 AUTO_GRAM_LIMIT = 128
 AUTO_ITERATED_SHARE = 0.5
+# Values of loqt.optimizer_state with which a re-initialization reads the moments of B, and writes others.
+CARRIED = ("project", "transport")
 
 
 def sketch_columns(layer: LoQTLinear, oversampling: int) -> int:
@@ -391,7 +393,7 @@ class Controller:
     @property
     def _carries_moments(self) -> bool:
         """Whether both moments of B are read and written anew, and not kept as they are or reset."""
-        return self.options.optimizer_state == "project"
+        return self.options.optimizer_state in CARRIED
 
     def _reinitialize(self, current: Step, names: list[str]) -> None:
         """Merges, quantizes and compensates layers of different owners, each on its owner, and installs the results on
@@ -466,7 +468,8 @@ class Controller:
         self, layer: LoQTLinear, first: Tensor, second: Tensor, new_hat: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Both moments (l, r) for the next P̂, while the layer still has the old one."""
-        return project_moments(first, second, overlap(layer.basis_hat(), new_hat))
+        projected = project_moments(first, second, overlap(layer.basis_hat(), new_hat))
+        return projected if self.options.optimizer_state == "project" else (projected[0], second)
 
     def _compensate(self, name: str, weight: Tensor, new_hat: Tensor) -> Compensated:
         """The next W and B of a weight (out, in) and the next P̂, while the layer still has the old ones."""

@@ -59,7 +59,7 @@ def interrupted(ranks: Ranks, case: dict[str, Any], root: str) -> dict[str, Any]
 @pytest.mark.parametrize(
     ("world_size", "case"),
     [
-        (2, {"stage": 0, "loqt": {"optimizer_state": "project"}}),
+        (2, {"stage": 0, "loqt": {"optimizer_state": "transport"}}),
         (2, {"stage": 0, "train": {"dtype": "bf16"}}),
         (2, {"stage": 1, "train": {"dtype": "bf16", "max_grad_norm": 1.0}}),
         (2, {"stage": 2, "optim": {"name": "adamw"}, "train": {"gradient_accumulation_steps": 2}}),

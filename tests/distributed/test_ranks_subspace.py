@@ -42,7 +42,7 @@ BITWISE: list[tuple[int, str, dict[str, Any]]] = [
     (0, "fp32", {"subspace": "exact", "optimizer_state": "project", "double_quant": "both"}),
     (1, "fp32", {"subspace": "sketch", "sketch_oversampling": 4, "dequantized_cache_gib": 1.0}),
     (2, "bf16", {"subspace": "gram", "optimizer_state": "reset", "dequantized_cache_gib": 1.0}),
-    (2, "bf16", {"subspace": "sketch", "sketch_oversampling": 4, "optimizer_state": "project"}),
+    (2, "bf16", {"subspace": "sketch", "sketch_oversampling": 4, "optimizer_state": "transport"}),
 ]
 
 

@@ -470,29 +470,22 @@ def test_a_random_subspace_does_not_look_at_the_gradient(candidates: Any) -> Non
 # ---------------------------------------------------------------- in an engine: moments
 
 
-@pytest.mark.parametrize("kind", ["transport", "second"])
-def test_the_second_moment_stays(candidates: Any, kind: str) -> None:
-    run = Run(candidates, {"momentum": kind})
-    old: dict[str, Tensor] = {}
+def test_the_second_moment_stays(candidates: Any) -> None:
+    run = Run(candidates, {"momentum": "second"})
 
     def note(layer: Any, first: Tensor, second: Tensor, *_: Any) -> dict[str, Any]:
         side = next(name for name, other in run.layers.items() if other is layer)
-        old[side] = layer.basis_hat().double().clone()
-        return {"side": side, "first": first.double().clone(), "second": second.double().clone()}
+        assert float(first.abs().max()) > 0
+        return {"side": side, "second": second.double().clone()}
 
     run.watch("_carry_moments", note)
     run.steps(4)
     assert len(run.seen) == 2  # the first re-initialization has nothing to carry
     for _, seen in run.seen:
-        side, store = seen["side"], run.controller.store
-        layer = run.layers[side]
-        first, second = (layer.canonical(store.moment(side, index)) for index in (0, 1))
+        layer, store = run.layers[seen["side"]], run.controller.store
+        first, second = (layer.canonical(store.moment(seen["side"], index)) for index in (0, 1))
         assert torch.equal(second.double(), seen["second"]) and float(second.max()) > 0
-        expected = seen["first"] @ old[side].T @ layer.basis_hat().double()
-        if kind == "second":
-            assert float(first.abs().max()) == 0
-        else:
-            assert relative(first, expected) < 1e-5 and relative(first, seen["first"]) > 0.1
+        assert float(first.abs().max()) == 0
 
 
 # ---------------------------------------------------------------- together, saved, refused
@@ -504,7 +497,7 @@ TOGETHER = {
     "absmax": "search",
     "denoise": "2",
     "criterion": "0.99",
-    "momentum": "transport",
+    "momentum": "second",
     "factor": "keep",
     "align": "1",
 }

@@ -291,7 +291,7 @@ def test_without_the_original_the_first_initialization_has_nothing_to_compensate
     assert all(relative(f.layers[name].effective_weight(), weight) < 1e-6 for name, weight in before.items())
 
 
-@pytest.mark.parametrize("state", ["keep", "reset", "project"])
+@pytest.mark.parametrize("state", ["keep", "reset", "project", "transport"])
 def test_later_initializations_start_from_the_merged_weight_after_the_update(state):
     f = Fixture(optimizer_state=state)
     f.step(0)
@@ -385,8 +385,9 @@ def test_reset_makes_them_those_of_a_new_parameter():
     assert f.store.kept == {}
 
 
-def test_project_carries_them_to_the_new_basis():
-    f, before, old = moments_after("project")
+@pytest.mark.parametrize("state", ["project", "transport"])
+def test_moments_are_carried_to_the_new_basis(state):
+    f, before, old = moments_after(state)
     for name, (first, second) in before.items():
         layer = f.layers[name]
         new = layer.basis_hat().double()
@@ -395,13 +396,16 @@ def test_project_carries_them_to_the_new_basis():
             expected = first.double() @ between, second.double() @ between**2
         else:
             expected = between.T @ first.double(), (between.T) ** 2 @ second.double()
+        if state == "transport":
+            expected = expected[0], second
+            assert torch.equal(f.store.kept[name][1], second)
         assert relative(f.store.kept[name][0], expected[0]) < 1e-5
         assert relative(f.store.kept[name][1], expected[1]) < 1e-5
         assert bool((f.store.kept[name][1] >= 0).all())
         assert relative(f.store.kept[name][0], first) > 0.1  # the bases differ
 
 
-@pytest.mark.parametrize("state", ["keep", "reset", "project"])
+@pytest.mark.parametrize("state", ["keep", "reset", "project", "transport"])
 def test_the_first_initialization_always_resets(state):
     """What the optimizer gathered before there was a P belongs to nothing."""
     f = Fixture(optimizer_state=state)
@@ -681,7 +685,7 @@ def test_a_larger_layer_costs_more():
         assert 0 < 2 * f.controller._cost(small) < f.controller._cost(large)
 
 
-@pytest.mark.parametrize("state", ["keep", "reset", "project"])
+@pytest.mark.parametrize("state", ["keep", "reset", "project", "transport"])
 @pytest.mark.parametrize("method", ["exact", "gram"])
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_with_parts_of_the_batch_make_what_one_makes_of_all(world_size, method, state):

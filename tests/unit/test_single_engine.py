@@ -532,7 +532,7 @@ def test_after_a_reset_a_zero_gradient_moves_no_factor(name, dtype):
         assert max(a * b for a, b in shapes) >= 4096 > min(a * b for a, b in shapes)  # states in 8 and in 32 bits
 
 
-@pytest.mark.parametrize("state", ["keep", "reset", "project"])
+@pytest.mark.parametrize("state", ["keep", "reset", "project", "transport"])
 def test_biases_stay_in_the_optimizer(state):
     """Mistake 5."""
     config = make_config(loqt={"optimizer_state": state})

@@ -44,7 +44,7 @@ RESUMED: dict[str, dict[str, dict[str, Any]]] = {
         "train": {"dtype": "bf16", "gradient_accumulation_steps": 2, "max_grad_norm_per_parameter": 0.02},
     },
     "accumulation-sketch-project": {
-        "loqt": {"subspace": "sketch", "optimizer_state": "project", "double_quant": "both"},
+        "loqt": {"subspace": "sketch", "optimizer_state": "transport", "double_quant": "both"},
         "train": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5},
     },
     "reset-int4-nq": {"loqt": {"optimizer_state": "reset", "quantize_w": "none", "quantize_p": "int4"}},
