@@ -289,7 +289,7 @@ CANDIDATES = (
     *values("Steps behind the gradient of P", "candidate.denoise", "4"),
     *values("Vectors of P", "candidate.basis", "sample"),
     *values("P aligned with the one before", "candidate.align", "1"),
-    *values("Adam's moments, more ways", "candidate.momentum", "second"),
+    Variant(MOMENTS, "second kept", ("loqt.optimizer_state=keep", "candidate.momentum=second")),
     Variant("Sketch", "moment", ("loqt.subspace=sketch", "candidate.sketch=moment")),
     Variant("Learning rate after a re-initialization", "from zero, 10 steps", ("optim.schedule=cosine_rewarmup",)),
     *values("Iterations of compensation", "loqt.compensation_steps", "0"),

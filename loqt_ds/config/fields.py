@@ -65,9 +65,9 @@ class LoQTConfig:
     them to reach the layers in the same order; a model that does not (experts, dropped layers) takes iterated."""
     sketch_oversampling: int = 32
     """Gaussian columns p added to the rank in a sketch and in subspace iteration."""
-    optimizer_state: Literal["keep", "reset", "project", "transport"] = "keep"
+    optimizer_state: Literal["keep", "reset", "project", "transport"] = "transport"
     """What a re-initialization does to Adam's moments of B: keep them; reset them to zero; project both to the new P;
-    transport: project the first and keep the second, and with it the size of steps."""
+    transport: project the first and keep the second, and with it the size of steps (benchmarks/DEFAULTS.md)."""
     side: Literal["auto", "left", "right"] = "auto"
     """Side of W that P sits on: right is the input, left the output, auto the smaller of the two."""
     product: Literal["auto", "factored", "merged"] = "auto"

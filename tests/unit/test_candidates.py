@@ -63,7 +63,13 @@ class Run:
     """An engine over `Two`; the loss of a step is Σ y ∘ c, so that G = cᵀ x whatever the weights are."""
 
     def __init__(self, candidates: Any, wanted: dict[str, str], *, seed: int = 0, **loqt: Any) -> None:
-        options = {"rank": RANK, "interval": 3, "subspace": "exact", "quantize_p": "none"} | loqt
+        options = {
+            "rank": RANK,
+            "interval": 3,
+            "subspace": "exact",
+            "quantize_p": "none",
+            "optimizer_state": "keep",
+        } | loqt
         self.config = make_config(loqt=options, train={"seed": seed})
         model = Two()
         originals = convert(model, self.config.loqt)
