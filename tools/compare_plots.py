@@ -152,7 +152,7 @@ def draw_finals(ax: Any, found: list[Line], every: Sequence[Line]) -> None:
     ax.set_yticks(places, [line.label for line in found], fontsize=8)
     ax.set_ylim(len(found) - 0.5, -0.5)
     ax.grid(axis="x", alpha=0.3)
-    ax.set_xlabel("held-out perplexity at the end (dots: seeds; bar: mean; dotted: full-rank AdamW)")
+    ax.set_xlabel("final perplexity (dots: seeds; bar: mean; dotted: AdamW)")
 
 
 def draw_memory(ax: Any, found: list[Line], every: Sequence[Line]) -> None:
