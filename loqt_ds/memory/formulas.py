@@ -36,7 +36,7 @@ from torch import nn
 from loqt_ds.config import Config
 from loqt_ds.core.cross_entropy import workspace_bytes
 from loqt_ds.core.quantization import QuantSpec, lookup_bytes, packed_layout
-from loqt_ds.method.controller import NUM_PROBES, sketch_columns, subspace_method
+from loqt_ds.method.controller import CARRIED, NUM_PROBES, sketch_columns, subspace_method
 from loqt_ds.method.conversion import loqt_layers, output_head
 from loqt_ds.method.description import training_dtype
 from loqt_ds.method.head import HeadReport
@@ -240,9 +240,13 @@ def encode_bytes(num_values: int, spec: QuantSpec, config: Config) -> int:
 
 def rebuild_bytes(layer: LoQTLinear, config: Config) -> int:
     """Temporaries of merging, quantizing and compensating one layer, in float32: the merged weight, one residual of its
-    size, P̂ old and new, B old, its candidate and the best; the new packed W beside the old; what finds codes."""
+    size, P̂ old and new, B old, its candidate and the best, its new moments where they are carried to the new P; the
+    new packed W beside the old; what finds codes."""
     (k, rank), length = layer.basis_shape, layer.factor_length
-    dense = 4 * (2 * k * length + 2 * k * rank + 3 * length * rank) + encode_bytes(k * length, layer.spec_w, config)
+    carries = config.loqt.schedule != "never"  # the first initialization has nothing to carry
+    num_factors = 3 + (2 if carries and config.loqt.optimizer_state in CARRIED else 0)
+    dense = 4 * (2 * k * length + 2 * k * rank + num_factors * length * rank)
+    dense += encode_bytes(k * length, layer.spec_w, config)
     return dense + sum(packed_layout(layer.weight_shape, layer.spec_w).values())
 
 

@@ -61,7 +61,7 @@ AUTO_WHOLE_LIMIT = 512
 # this smaller side, if the rank is no more than this part of it.
 AUTO_GRAM_LIMIT = 128
 AUTO_ITERATED_SHARE = 0.5
-# Values of loqt.optimizer_state with which a re-initialization reads the moments of B, and writes others.
+# Values of loqt.optimizer_state with which a re-initialization reads the moments of B and writes others.
 CARRIED = ("project", "transport")
 
 
@@ -448,6 +448,8 @@ class Controller:
         if moments is not None:
             one, two = (layer.canonical(moment) for moment in moments if moment is not None)
             carried = [layer.canonical(moment) for moment in self._carry_moments(layer, one, two, new_hat)]
+            moments.clear()  # the old ones go before compensation needs its memory
+            del one, two
         with current.clock.part("compensate"):
             result = self._compensate(name, weight, new_hat)
         layer.set_w(result.packed)
@@ -468,8 +470,10 @@ class Controller:
         self, layer: LoQTLinear, first: Tensor, second: Tensor, new_hat: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Both moments (l, r) for the next P̂, while the layer still has the old one."""
-        projected = project_moments(first, second, overlap(layer.basis_hat(), new_hat))
-        return projected if self.options.optimizer_state == "project" else (projected[0], second)
+        between = overlap(layer.basis_hat(), new_hat)  # (r, r)
+        if self.options.optimizer_state == "project":
+            return project_moments(first, second, between)
+        return first.float() @ between, second
 
     def _compensate(self, name: str, weight: Tensor, new_hat: Tensor) -> Compensated:
         """The next W and B of a weight (out, in) and the next P̂, while the layer still has the old ones."""
