@@ -2,6 +2,7 @@
 
     python tools/compare.py --suite small                     # all methods, 2M parameters; within an hour on two cores
     python tools/compare.py --suite full --data c4=c4/*.jsonl.gz --data wiki=train.jsonl.gz:valid.jsonl.gz
+    python tools/compare.py --suite ablation                  # the paper's two ideas, where 4 bits cost something
     python tools/compare.py --suite gpu --minutes 8           # 60M and 130M, bf16, on CUDA; again until done
     python tools/compare.py --suite small --methods adamw loqt:32 loqt:32+loqt.alpha=1 --seeds 3
 

@@ -63,7 +63,9 @@ PUBLISHED: Rates = {
     "loqt": (1e-2, 1e-2),
     "loqtnq": (1e-2, 1e-2),
 }
-RATES_OF_SHAPE: Mapping[str, Rates] = {"llama_60m": PUBLISHED, "llama_130m": PUBLISHED}
+# A narrower model and more steps: embeddings, norms and head at the rate of the rest.
+NARROW: Rates = {"adamw": (2e-3, 1e-2), "loqt": (1e-2, 1e-2), "loqtnq": (1e-2, 1e-2)}
+RATES_OF_SHAPE: Mapping[str, Rates] = {"llama_60m": PUBLISHED, "llama_130m": PUBLISHED, "llama_340k": NARROW}
 
 
 def family_of(method: str) -> str:
@@ -261,6 +263,15 @@ ABLATIONS = (
     *values("Optimizer", "optim.name", "adamw8bit", "adamw"),
 )
 
+# Where 4-bit weights cost something, which they do in a small model that is trained for long.
+WHAT_ROUNDING_LOSES = (
+    *values("Error feedback", "candidate.error_feedback", "fp32"),
+    *values("Scales of blocks", "candidate.absmax", "search"),
+    *values("Stochastic rounding of W", "candidate.stochastic", "1"),
+    *values("Compensation weighted by Fisher information", "candidate.fisher", "x"),
+    Variant("Block", "32", ("loqt.quantize_w=none", "candidate.blocksize=32")),
+)
+
 # Clipping by the norm of all gradients is not possible in layer-wise updates.
 LAYERWISE = ("optim.layerwise=true", "train.max_grad_norm=null", "train.max_grad_norm_per_parameter=1.0")
 ADAM_32 = ("optim.name=adamw",)
@@ -295,6 +306,7 @@ CANDIDATES = (
     *values("Iterations of compensation", "loqt.compensation_steps", "0"),
 )
 
+PAPERS = tuple(variant for variant in ABLATIONS if variant.group == PAPER)
 SMALL = {"steps": 400, "interval": 40, "eval_every": 50}
 SUITES = {
     suite.name: suite
@@ -320,6 +332,15 @@ SUITES = {
             seeds=3,
             variants=CANDIDATES,
             num_data=2,
+        ),
+        Suite(
+            "ablation",
+            (("llama_340k", 16),),
+            ("adamw", "loqt:{rank}", "loqtnq:{rank}"),
+            {"steps": 2000, "interval": 20, "eval_every": 200},
+            seeds=3,
+            variants=(*PAPERS, *WHAT_ROUNDING_LOSES),
+            vocabulary=1024,
         ),
         Suite(
             "gpu",
