@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ import loqt_ds.method.controller
 from loqt_ds.config import Config, load_config
 from loqt_ds.data import StepBatches, TrainBatches
 from loqt_ds.data.batches import StoredSequence
-from loqt_ds.data.packing import PackedRows
+from loqt_ds.data.packing import PackedRows, collate
 from loqt_ds.engines.single import SingleEngine
 from loqt_ds.evaluation import model_inputs, num_predicted, summed_loss
 from loqt_ds.method import head
@@ -161,9 +161,12 @@ def batches_of(config: Config, vocab_size: int, device: torch.device) -> StepBat
         StoredSequence(rows, shuffle=True, seed=0),
         identity={},
         micro_batch_size=config.train.micro_batch_size,
-        sequence_length=config.data.sequence_length,
-        pad_id=0,
-        mask_documents=config.data.mask_documents,
+        collate=partial(
+            collate,
+            sequence_length=config.data.sequence_length,
+            pad_id=0,
+            mask_documents=config.data.mask_documents,
+        ),
     )
     return StepBatches(source, num_micro_batches=config.train.gradient_accumulation_steps, device=device)
 

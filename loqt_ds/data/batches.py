@@ -8,7 +8,7 @@ world size that divides it, and a run resumes on another number of ranks at the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,13 +16,34 @@ from torch import Tensor
 
 from loqt_ds.data.errors import DataError
 from loqt_ds.data.order import permuted
-from loqt_ds.data.packing import Row, Rows, collate
+
+Collate = Callable[[list[Any]], dict[str, Tensor]]
+"""Makes a batch, "targets" among its tensors, of rows (`packing.collate` of those of plain text)."""
+
+
+class Rows(Protocol):
+    """Rows that can be read in any order."""
+
+    def __len__(self) -> int: ...
+
+    def row(self, index: int) -> Any: ...
+
+
+class HeldOutRows(Rows, Protocol):
+    """num_predicted: how many targets all rows have."""
+
+    @property
+    def num_predicted(self) -> int: ...
+
+    def num_targets(self, index: int) -> int:
+        """How many targets one row has."""
+        ...
 
 
 class Sequence(Protocol):
     """The global sequence of rows, with a position in it."""
 
-    def take(self, num_rows: int, first: int, num_wanted: int) -> list[Row]:
+    def take(self, num_rows: int, first: int, num_wanted: int) -> list[Any]:
         """Advance by `num_rows`; return those at [first, first + num_wanted) among them."""
         ...
 
@@ -40,7 +61,7 @@ class StoredSequence:
         self._seed = seed
         self._rows_seen = 0
 
-    def take(self, num_rows: int, first: int, num_wanted: int) -> list[Row]:
+    def take(self, num_rows: int, first: int, num_wanted: int) -> list[Any]:
         begin = self._rows_seen + first
         self._rows_seen += num_rows
         return [self._rows.row(index) for index in self._indices(begin, num_wanted)]
@@ -64,7 +85,8 @@ class StoredSequence:
 class TrainBatches:
     """Training batches of one rank (see the module's docstring).
 
-    `identity` names the data and the options that fix its order; a state of other data is refused.
+    `identity` names the data and the options that fix its order; a state of other data is refused. `collate` makes a
+    batch of the sequence's rows.
     """
 
     def __init__(
@@ -73,26 +95,21 @@ class TrainBatches:
         *,
         identity: dict[str, Any],
         micro_batch_size: int,
-        sequence_length: int,
-        pad_id: int,
-        mask_documents: bool,
+        collate: Collate,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self._sequence = sequence
         self._identity = identity
         self._micro_batch_size = micro_batch_size
-        self._sequence_length = sequence_length
-        self._pad_id = pad_id
-        self._mask_documents = mask_documents
+        self._collate = collate
         self._rank = rank
         self._world_size = world_size
 
     def next_batch(self) -> dict[str, Tensor]:
-        """The next micro-batch: `micro_batch_size` rows of this rank (see `packing.collate`)."""
+        """The next micro-batch: `micro_batch_size` rows of this rank."""
         size = self._micro_batch_size
-        rows = self._sequence.take(size * self._world_size, size * self._rank, size)
-        return collate(rows, self._sequence_length, self._pad_id, mask_documents=self._mask_documents)
+        return self._collate(self._sequence.take(size * self._world_size, size * self._rank, size))
 
     def state_dict(self) -> dict[str, Any]:
         """JSON types; the same on every rank."""
@@ -112,34 +129,27 @@ class TrainBatches:
 
 
 class ValidationSet:
-    """Whole held-out documents in rows, in a fixed order. `num_predicted`: how many tokens a full pass predicts."""
+    """All held-out rows, in a fixed order. `num_predicted`: how many targets a full pass has."""
 
-    def __init__(self, rows: Rows, *, sequence_length: int, pad_id: int, mask_documents: bool) -> None:
-        self._rows = rows
-        self._sequence_length = sequence_length
-        self._pad_id = pad_id
-        self._mask_documents = mask_documents
+    def __init__(self, rows: HeldOutRows, *, collate: Collate) -> None:
+        self._rows, self._collate = rows, collate
         self.num_predicted = rows.num_predicted
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def batches(self, micro_batch_size: int, max_tokens: int | None = None) -> Iterator[dict[str, Tensor]]:
-        """Batches of up to `micro_batch_size` rows, from the first row on until at least `max_tokens` tokens are
-        predicted (None: all). Which rows are used does not depend on `micro_batch_size`."""
-        pending: list[Row] = []
+        """Batches of up to `micro_batch_size` rows, from the first row on until there are at least `max_tokens` targets
+        (None: all). Which rows are used does not depend on `micro_batch_size`."""
+        pending: list[Any] = []
         num_predicted = 0
         for index in range(len(self._rows)):
             if max_tokens is not None and num_predicted >= max_tokens:
                 break
-            row = self._rows.row(index)
-            num_predicted += len(row.targets)
-            pending.append(row)
+            num_predicted += self._rows.num_targets(index)
+            pending.append(self._rows.row(index))
             if len(pending) == micro_batch_size:
-                yield self._batch(pending)
+                yield self._collate(pending)
                 pending = []
         if pending:
-            yield self._batch(pending)
-
-    def _batch(self, rows: list[Row]) -> dict[str, Tensor]:
-        return collate(rows, self._sequence_length, self._pad_id, mask_documents=self._mask_documents)
+            yield self._collate(pending)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from loqt_ds.data.batches import Sequence, StoredSequence, TrainBatches, ValidationSet
+from loqt_ds.data.batches import Collate, Sequence, StoredSequence, TrainBatches, ValidationSet
 from loqt_ds.data.cache import Say, cache_directory
 from loqt_ds.data.corpus import Corpus, Counts, Split, content_digest
 from loqt_ds.data.errors import DataError
-from loqt_ds.data.packing import make_rows
+from loqt_ds.data.packing import collate, make_rows
 from loqt_ds.data.streaming import StreamSequence
 from loqt_ds.data.token_store import TokenStore, in_memory, token_store, unigram_loss
 from loqt_ds.data.tokenizer import Tokenizer, num_workers
@@ -172,9 +173,7 @@ def _validation(config: Any, corpus: Corpus, store: TokenStore, tokenizer: Token
             f"data.validation_fraction={data.validation_fraction} holds out no text of {corpus.option}; raise it, give "
             f"more data, or set data.validation_path"
         )
-    return ValidationSet(
-        rows, sequence_length=data.sequence_length, pad_id=tokenizer.pad_id, mask_documents=data.mask_documents
-    )
+    return ValidationSet(rows, collate=_collate(config, tokenizer))
 
 
 def _batches(
@@ -184,11 +183,19 @@ def _batches(
         sequence,
         identity=identity,
         micro_batch_size=config.train.micro_batch_size,
-        sequence_length=config.data.sequence_length,
-        pad_id=tokenizer.pad_id,
-        mask_documents=config.data.mask_documents,
+        collate=_collate(config, tokenizer),
         rank=rank,
         world_size=world_size,
+    )
+
+
+def _collate(config: Any, tokenizer: Tokenizer) -> Collate:
+    data = config.data
+    return partial(
+        collate,
+        sequence_length=data.sequence_length,
+        pad_id=tokenizer.pad_id,
+        mask_documents=data.mask_documents,
     )
 
 

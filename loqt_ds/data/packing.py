@@ -55,6 +55,9 @@ class PackedRows:
     def __len__(self) -> int:
         return -(-self.num_predicted // self._length)
 
+    def num_targets(self, index: int) -> int:
+        return min(self._length, self.num_predicted - index * self._length)
+
     def row(self, index: int) -> Row:
         start = index * self._length
         stop = min(start + self._length, self.num_predicted)
@@ -69,12 +72,15 @@ class TruncatedRows:
     def __init__(self, store: TokenDocuments, sequence_length: int) -> None:
         self._store = store
         self._length = sequence_length
-        kept = np.minimum(np.diff(store.offsets), sequence_length + 1)
+        kept = self._kept = np.minimum(np.diff(store.offsets), sequence_length + 1)
         self.num_truncated_tokens = int(store.offsets[-1] - kept.sum())
         self.num_predicted = int((kept - 1).sum())
 
     def __len__(self) -> int:
         return len(self._store.offsets) - 1
+
+    def num_targets(self, index: int) -> int:
+        return int(self._kept[index]) - 1
 
     def row(self, index: int) -> Row:
         start = int(self._store.offsets[index])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from loqt_ds.data.batches import StoredSequence, TrainBatches, ValidationSet
 from loqt_ds.data.errors import DataError
-from loqt_ds.data.packing import IGNORED, PackedRows
+from loqt_ds.data.packing import IGNORED, PackedRows, collate
 
 LENGTH = 3
 
@@ -33,9 +34,7 @@ def batches(num_tokens: int, size: int, rank: int = 0, world_size: int = 1, **op
         StoredSequence(PackedRows(Store(num_tokens), LENGTH), shuffle=shuffle, seed=seed),
         identity=identity,
         micro_batch_size=size,
-        sequence_length=LENGTH,
-        pad_id=0,
-        mask_documents=False,
+        collate=partial(collate, sequence_length=LENGTH, pad_id=0),
         rank=rank,
         world_size=world_size,
     )
@@ -112,7 +111,9 @@ def test_a_state_of_other_data_is_refused() -> None:
 
 
 def validation(num_tokens: int) -> ValidationSet:
-    return ValidationSet(PackedRows(Store(num_tokens), LENGTH), sequence_length=LENGTH, pad_id=0, mask_documents=False)
+    return ValidationSet(
+        PackedRows(Store(num_tokens), LENGTH), collate=partial(collate, sequence_length=LENGTH, pad_id=0)
+    )
 
 
 @settings(max_examples=40, deadline=None)
