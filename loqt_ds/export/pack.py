@@ -36,20 +36,28 @@ EXPORT_DTYPE = torch.bfloat16
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How adapted weights are exported: quant_type "nf4", "fp4", or None for dense bf16."""
+    """How adapted weights are exported: quant_type "nf4", "fp4", or None for dense ones."""
 
     quant_type: str | None
     double_quant: bool = False
+    dtype: torch.dtype = EXPORT_DTYPE
+    """Of everything that is not quantized, and what 4-bit weights are computed in: bf16, or float32 for the base of an
+    adapter that was trained in float32."""
 
     @property
     def spec(self) -> QuantSpec:
         """The same, as the arithmetic knows it."""
-        return QuantSpec(self.quant_type or "none", double_quant=self.double_quant, dense_dtype=EXPORT_DTYPE)
+        return QuantSpec(self.quant_type or "none", double_quant=self.double_quant, dense_dtype=self.dtype)
+
+    @property
+    def dtype_name(self) -> str:
+        """As files spell it: "bfloat16", "float32"."""
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def label(self) -> str:
         """For reports."""
-        return self.quant_type or "bf16"
+        return self.quant_type or ("bf16" if self.dtype == torch.bfloat16 else "fp32")
 
 
 @torch.no_grad()
@@ -92,11 +100,11 @@ def to_tensors(packed: Packed, shape: tuple[int, int], weight_format: WeightForm
     """Packed bytes as the tensors of the file format, on the CPU."""
     packed = {key: value.detach().cpu() for key, value in packed.items()}
     if weight_format.quant_type is None:
-        return {"weight": packed["dense"].view(EXPORT_DTYPE).view(shape)}
+        return {"weight": packed["dense"].view(weight_format.dtype).view(shape)}
     state = {
         "quant_type": weight_format.quant_type,
         "blocksize": BLOCKSIZE,
-        "dtype": str(EXPORT_DTYPE).removeprefix("torch."),
+        "dtype": weight_format.dtype_name,
         "shape": list(shape),
     }
     tensors = {"weight": packed["codes"].view(-1, 1)}

@@ -21,7 +21,7 @@ from loqt_ds.checkpoint import (
 )
 from loqt_ds.config import from_dict
 from loqt_ds.export import writer
-from loqt_ds.export.pack import EXPORT_DTYPE, WeightFormat, pack_layer, packed_num_bytes
+from loqt_ds.export.pack import WeightFormat, pack_layer, packed_num_bytes
 from loqt_ds.export.report import GIB, ExportError, ExportReport, LayerReport
 from loqt_ds.export.verify import Expected, verify_export, verify_files
 from loqt_ds.method.conversion import build_meta, loqt_layers, output_head, tie_weights
@@ -260,7 +260,7 @@ def _units(expected: Expected, reports: list[LayerReport]) -> list[writer.Unit]:
     """What to write, in the order of the model; making a layer's appends to `reports`."""
 
     def dense_unit(name: str, tensor: Tensor) -> writer.Unit:
-        dtype = EXPORT_DTYPE if tensor.is_floating_point() else tensor.dtype
+        dtype = expected.weight_format.dtype if tensor.is_floating_point() else tensor.dtype
         return writer.Unit(tensor.numel() * dtype.itemsize, lambda: {name: tensor.to(dtype)})
 
     def layer_unit(name: str, layer: LoQTLinear) -> writer.Unit:

@@ -27,7 +27,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from loqt_ds.core.quantization import BLOCKSIZE, Packed, dequantize
-from loqt_ds.export.pack import EXPORT_DTYPE, WeightFormat, from_tensors, merge_error
+from loqt_ds.export.pack import WeightFormat, from_tensors, merge_error
 from loqt_ds.export.report import ExportError, Verification
 from loqt_ds.export.writer import WrittenWeights
 from loqt_ds.method.conversion import build_empty, tie_weights
@@ -49,7 +49,7 @@ class Expected:
     factors: Mapping[str, Tensor]
     """Canonical (l, r) float32, for layers whose B is not to be used."""
     dense: Mapping[str, Tensor]
-    """Every tensor that is not an adapted weight, by name; what is exported is its bf16 rounding."""
+    """Every tensor that is not an adapted weight, by name; what is exported is its rounding to the format's dtype."""
     merge_errors: dict[str, float]
     """‖W_eff − W_export‖ / ‖W_eff‖ of each layer as it was written; filled in by the writing."""
 
@@ -282,7 +282,7 @@ class _Reference:
         self._expected, self._stored = expected, stored
         self._device = torch.device(device)
         self._merged = merged
-        dtype = torch.float32 if merged else EXPORT_DTYPE
+        dtype = torch.float32 if merged else expected.weight_format.dtype
         model = build_empty(expected.model_config)
         for name in expected.layers:
             parent, _, child = name.rpartition(".")
@@ -304,7 +304,8 @@ class _Reference:
         layer, weight_format = self._expected.layers[name], self._expected.weight_format
         packed = {key: value.to(layer.B.device) for key, value in self._packed(name).items()}
         if not self._merged:
-            return dequantize(packed, layer.weight_shape, weight_format.spec, dtype=EXPORT_DTYPE).to(self._device)
+            dtype = weight_format.dtype
+            return dequantize(packed, layer.weight_shape, weight_format.spec, dtype=dtype).to(self._device)
         factor = self._expected.factors.get(name)
         merged = layer.effective_weight(factor if factor is None else factor.to(layer.B.device, torch.float32))
         found, meant = merge_error(merged, packed, weight_format), self._expected.merge_errors[name]

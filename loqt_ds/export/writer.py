@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from loqt_ds.checkpoint import copy_file, fsync_directory, write_bytes, write_json, write_safetensors
-from loqt_ds.export.pack import EXPORT_DTYPE, WeightFormat
+from loqt_ds.export.pack import WeightFormat
 from loqt_ds.export.report import ExportError
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -102,10 +102,10 @@ def skipped_modules(model: nn.Module, adapted: Mapping[str, nn.Module]) -> list[
 def model_config_json(
     model: nn.Module, adapted: Mapping[str, nn.Module], model_config: Any, weight_format: WeightFormat
 ) -> str:
-    """`config.json`: the model's own configuration, its dtype bf16, and how its weights are quantized."""
+    """`config.json`: the model's own configuration, its dtype, and how its weights are quantized."""
     config = copy.deepcopy(model_config)
     config.architectures = [type(model).__name__]
-    config.dtype = EXPORT_DTYPE
+    config.dtype = weight_format.dtype
     config.use_cache = True  # training may have switched it off; generation wants it
     if weight_format.quant_type is not None:
         config.quantization_config = {
@@ -116,7 +116,7 @@ def model_config_json(
             "load_in_8bit": False,
             "bnb_4bit_quant_type": weight_format.quant_type,
             # Left out, transformers would compute in float32 without a word.
-            "bnb_4bit_compute_dtype": "bfloat16",
+            "bnb_4bit_compute_dtype": weight_format.dtype_name,
             "bnb_4bit_use_double_quant": weight_format.double_quant,
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_enable_fp32_cpu_offload": False,
