@@ -306,8 +306,16 @@ CANDIDATES = (
     *values("Iterations of compensation", "loqt.compensation_steps", "0"),
 )
 
-PAPERS = tuple(variant for variant in ABLATIONS if variant.group == PAPER)
 SMALL = {"steps": 400, "interval": 40, "eval_every": 50}
+ABLATION = Suite(
+    "ablation",
+    (("llama_340k", 16),),
+    ("adamw", "loqt:{rank}", "loqtnq:{rank}"),
+    {"steps": 2000, "interval": 20, "eval_every": 200},
+    seeds=3,
+    variants=tuple(variant for variant in ABLATIONS if variant.group == PAPER),
+    vocabulary=1024,
+)
 SUITES = {
     suite.name: suite
     for suite in (
@@ -333,15 +341,8 @@ SUITES = {
             variants=CANDIDATES,
             num_data=2,
         ),
-        Suite(
-            "ablation",
-            (("llama_340k", 16),),
-            ("adamw", "loqt:{rank}", "loqtnq:{rank}"),
-            {"steps": 2000, "interval": 20, "eval_every": 200},
-            seeds=3,
-            variants=(*PAPERS, *WHAT_ROUNDING_LOSES),
-            vocabulary=1024,
-        ),
+        ABLATION,
+        replace(ABLATION, name="rounding", variants=WHAT_ROUNDING_LOSES),
         Suite(
             "gpu",
             (("llama_60m", 128), ("llama_130m", 256)),
