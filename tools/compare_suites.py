@@ -44,6 +44,8 @@ RATES: Rates = {
     "lora": (4e-3, 4e-2),
     "qlora": (4e-3, 4e-2),
     "loftq": (4e-3, 4e-2),
+    "lqlora": (4e-3, 4e-2),
+    "apiq": (4e-3, 4e-2),
     "relora": (4e-3, 4e-2),
     "loqt": (1e-2, 4e-2),
     "loqtnq": (1e-2, 4e-2),
@@ -55,6 +57,8 @@ PUBLISHED: Rates = {
     "lora": (1e-3, 1e-3),
     "qlora": (1e-3, 1e-3),
     "loftq": (1e-3, 1e-3),
+    "lqlora": (1e-3, 1e-3),
+    "apiq": (1e-3, 1e-3),
     "relora": (1e-3, 1e-3),
     "galore": (1e-2, 1e-2),
     "qgalore": (1e-2, 1e-2),
@@ -91,7 +95,7 @@ PACKAGE_OF = {
     "qgalore": "q_galore_torch",
     "apollo": "apollo_torch",
     "apollomini": "apollo_torch",
-    **dict.fromkeys(("lora", "qlora", "loftq", "relora"), "peft"),
+    **dict.fromkeys(("lora", "qlora", "loftq", "lqlora", "apiq", "relora"), "peft"),
 }
 
 
@@ -177,6 +181,9 @@ class Variant:
         return "+".join([full, *(option for option in self.options if not is_shipped(option))])
 
 
+MEMORY_SCALE = ("llama_60m", 128)
+
+
 @dataclass(frozen=True)
 class Suite:
     """What one command compares.
@@ -197,7 +204,7 @@ class Suite:
     variants: tuple[Variant, ...] = ()
     variants_on: int | None = None
     memory: tuple[Variant, ...] = ()
-    memory_scale: tuple[str, int] = ("llama_60m", 128)
+    memory_scale: tuple[str, int] = MEMORY_SCALE
     vocabulary: int = 4096
     memory_vocabulary: int = 32000
     num_data: int = 1
@@ -343,6 +350,7 @@ SUITES = {
         ),
         ABLATION,
         replace(ABLATION, name="rounding", variants=WHAT_ROUNDING_LOSES),
+        Suite("memory", (MEMORY_SCALE,), (), {"steps": 4, "interval": 2}, seeds=1, memory=MEMORY_COMPONENTS),
         Suite(
             "gpu",
             (("llama_60m", 128), ("llama_130m", 256)),
