@@ -24,8 +24,15 @@ class ModelConfig:
     vocab_size: int | Literal["auto"] | None = None
     """Vocabulary of a model built from model.shape: null takes the shape file's, auto takes the tokenizer's size
     rounded up to a multiple of 64."""
+    task: Literal["causal_lm", "masked_lm", "classification", "regression"] = "causal_lm"
+    """What is predicted: the next token, masked tokens, a class for each row, or a number for each row. For the last
+    two the model's head (and its pooler) is trained in full, and drawn from train.seed where the checkpoint has
+    none."""
+    num_labels: int | None = None
+    """Classes of model.task=classification; null: those that the model's description names."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation of transformers; flash_attention_2 needs its package, a CUDA device and bf16."""
+    """Attention implementation of transformers, eager where a model has no sdpa; flash_attention_2 needs its package, a
+    CUDA device and bf16."""
     kernels: Literal["torch", "liger"] = "torch"
     """Who computes normalization, gated activation and loss: torch, or Liger-Kernel's fused kernels (a CUDA device and
     `pip install 'loqt-ds[liger]'`); both keep the same few tensors for the backward."""

@@ -31,6 +31,7 @@ _share = (lambda value: 0 <= value <= 1, "from 0 to 1")
 
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.vocab_size": (lambda value: value == "auto" or value >= 2, "at least 2, auto, or null"),
+    "model.num_labels": (lambda value: value >= 2, "at least 2"),
     "loqt.rank": _positive,
     "loqt.alpha": _above_zero,
     "loqt.interval": _positive,
@@ -271,6 +272,8 @@ def _inactive_rules(config: Config) -> Iterator[tuple[bool, str, str, tuple[Any,
     loqt, data, optim = config.loqt, config.data, config.optim
     never, static = loqt.schedule == "never", loqt.schedule == "static"
     corpus = data.path is None and data.name is None
+    task = config.model.task
+    yield task != "classification", "model.num_labels", f"with model.task={task}", ()
     yield never, "loqt.interval", "with loqt.schedule=never", ()
     yield never or static, "loqt.growth", f"with loqt.schedule={loqt.schedule}", ()
     yield never or static, "loqt.max_gap", f"with loqt.schedule={loqt.schedule}", ()

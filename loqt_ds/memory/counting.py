@@ -218,14 +218,15 @@ def describe(config: Config, *, vocab_size: int | None = None) -> Facts:
     not fit the model."""
     dtype = training_dtype(config)
     description, notes = planned_model(config, vocab_size=vocab_size)
-    model = build_meta(description, config.loqt, dtype=dtype, attention=config.model.attention)
+    options = {"attention": config.model.attention, "task": config.model.task}
+    model = build_meta(description, config.loqt, dtype=dtype, **options)
     layers = list(loqt_layers(model).values())
     own = {id(layer.B) for layer in layers}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     factors = {name: parameter for name, parameter in trained.items() if id(parameter) in own}
     others = {name: parameter for name, parameter in trained.items() if id(parameter) not in own}
     changed = lean.install(model)
-    loss = head.install(model)
+    loss = head.install(model, task=config.model.task)
     if loss.whole_logits is not None:
         notes = [*notes, loss.describe()]
     return Facts(

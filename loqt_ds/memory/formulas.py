@@ -173,6 +173,8 @@ def block_workspace_bytes(config: Config, description: Any, dtype: torch.dtype) 
 def loss_bytes(config: Config, description: Any, dtype: torch.dtype, *, head: HeadReport) -> int:
     """Temporaries of the loss, and the gradient of the head's input."""
     tokens = config.train.micro_batch_size * config.data.sequence_length
+    if not head.is_of_tokens:
+        return 0  # a few numbers for each row
     hidden, vocab_size = widths(description).hidden, int(description.get_text_config().vocab_size)
     if head.whole_logits is not None:
         return 12 * tokens * vocab_size

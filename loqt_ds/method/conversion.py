@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,6 +49,30 @@ def loqt_layers(model: nn.Module) -> dict[str, LoQTLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoQTLinear)}
 
 
+def task_head(model: nn.Module) -> set[str]:
+    """Names of the modules that a model for classes or numbers has around its trained part: what lies outside of its
+    base model, and a pooler wherever it is. Empty for a model that makes logits of tokens, and for one that does not
+    say what its base is.
+
+    They are small, often drawn anew for a task, and always trained in full.
+    """
+    base = getattr(model, "base_model", None)
+    if not isinstance(base, nn.Module) or base is model or output_head(model) is not None:
+        return set()
+    inside = {id(module) for module in base.modules()}
+    return {
+        name
+        for name, module in model.named_modules()
+        if name and (id(module) not in inside or "pooler" in name.split("."))
+    }
+
+
+def task_head_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters of `task_head`."""
+    around = task_head(model)
+    return {name for name, _ in model.named_parameters() if name.rpartition(".")[0] in around}
+
+
 def output_head(model: nn.Module) -> nn.Module | None:
     """The module that makes logits, where the model says which it is."""
     getter = getattr(model, "get_output_embeddings", None)
@@ -58,13 +82,14 @@ def output_head(model: nn.Module) -> nn.Module | None:
 def target_linears(model: nn.Module, target_modules: str | list[str]) -> dict[str, nn.Linear]:
     """The linears to adapt, by name.
 
-    `target_modules` is "all-linear" (every `nn.Linear` but the output head, those whose weight is shared, and those
-    whose weight is frozen), a regular expression matched against the whole module name, or a list of name suffixes.
+    `target_modules` is "all-linear" (every `nn.Linear` but the output head or `task_head`, those whose weight is
+    shared, and those whose weight is frozen), a regular expression matched against the whole module name, or a list of
+    name suffixes.
 
     Raises ValueError, listing the names there are, if nothing matches, a listed suffix matches nothing, or the output
     head, a shared or a frozen weight is asked for.
     """
-    head = output_head(model)
+    head, around = output_head(model), task_head(model)
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -72,7 +97,9 @@ def target_linears(model: nn.Module, target_modules: str | list[str]) -> dict[st
     # Exactly nn.Linear: subclasses (say, of nn.MultiheadAttention) are read by their parents, not called.
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     allowed = {
-        n: m for n, m in linears.items() if m is not head and owners[id(m.weight)] == 1 and m.weight.requires_grad
+        n: m
+        for n, m in linears.items()
+        if m is not head and n not in around and owners[id(m.weight)] == 1 and m.weight.requires_grad
     }
     known = ", ".join(sorted({re.sub(r"\.\d+\.", ".N.", name) for name in allowed})) or "none"
     if target_modules == "all-linear":
@@ -177,20 +204,52 @@ def convert(model: nn.Module, loqt: LoQTConfig) -> dict[str, Tensor]:
 # ---------------------------------------------------------------- models that are never held in full precision
 
 
-def build_empty(model_config: Any, *, attention: str = "sdpa") -> nn.Module:
-    """A transformers causal LM whose parameters are on the meta device; its buffers (rotary tables) are real."""
-    from transformers import AutoModelForCausalLM
+TASKS = {
+    "causal_lm": "AutoModelForCausalLM",
+    "masked_lm": "AutoModelForMaskedLM",
+    "classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+}
+"""model.task -> the class of transformers that makes the model."""
 
+
+def auto_class(task: str) -> Any:
+    """The Auto class of transformers for a task."""
+    import transformers
+
+    return getattr(transformers, TASKS[task])
+
+
+def build_empty(model_config: Any, *, attention: str = "sdpa", task: str = "causal_lm") -> nn.Module:
+    """A transformers model for a task (of `TASKS`) whose parameters are on the meta device; its buffers (rotary tables)
+    are real. A model without sdpa, such as DeBERTa, computes the same attention as eager.
+
+    Raises ValueError, naming model.task, if transformers has no such model.
+    """
+    auto: Any = auto_class(task)
+    if type(model_config) not in auto._model_mapping:
+        possible = [name for name in TASKS if type(model_config) in auto_class(name)._model_mapping]
+        raise ValueError(
+            f"model.task={task}: transformers has no {auto.__name__} of model_type {model_config.model_type}; "
+            f"{'use ' + ' or '.join(possible) if possible else 'give another model'}"
+        )
+    if attention == "sdpa" and not getattr(auto._model_mapping[type(model_config)], "_supports_sdpa", True):
+        attention = "eager"
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32, attn_implementation=attention)
+        model: nn.Module = auto.from_config(model_config, dtype=torch.float32, attn_implementation=attention)
     return model.train()
 
 
 def build_meta(
-    model_config: Any, loqt: LoQTConfig, *, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+    model_config: Any,
+    loqt: LoQTConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+    task: str = "causal_lm",
 ) -> nn.Module:
     """The converted model with nothing allocated: LoQT layers and parameters in `dtype` on the meta device."""
-    model = build_empty(model_config, attention=attention)
+    model = build_empty(model_config, attention=attention, task=task)
     linears = target_linears(model, loqt.target_modules)
     check_rank(linears, loqt.rank)
     for name, linear in linears.items():
@@ -212,9 +271,15 @@ def tie_weights(model: nn.Module) -> None:
 
 
 def _tied_head(model: nn.Module) -> nn.Module | None:
-    """The output head, if it has no weight of its own."""
+    """The output head, if it has no weight of its own (a bias it may have)."""
     config = getattr(model, "config", None)
     return output_head(model) if getattr(config, "tie_word_embeddings", False) else None
+
+
+def _own_parameters(module: nn.Module, tied: nn.Module | None) -> list[tuple[str, nn.Parameter]]:
+    """(short name, parameter) of a module's own, without the weight of a tied head, which is the embedding's."""
+    own = module.named_parameters(recurse=False)
+    return [(short, parameter) for short, parameter in own if module is not tied or short != "weight"]
 
 
 def build_model(
@@ -225,10 +290,11 @@ def build_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
+    task: str = "causal_lm",
     ranks: Ranks = ALONE,
 ) -> tuple[nn.Module, WeightSource]:
-    """Builds a transformers causal LM and materializes it in 4 bits (see `materialize`)."""
-    model = build_empty(model_config, attention=attention)
+    """Builds a transformers model for a task and materializes it in 4 bits (see `materialize`)."""
+    model = build_empty(model_config, attention=attention, task=task)
     return materialize(model, loqt, source, device=device, dtype=dtype, ranks=ranks)
 
 
@@ -275,7 +341,7 @@ def materialize(
         """What replaces a module, not filled in yet."""
         if name in linears:
             return _loqt_twin(linears[name], loqt, dtype, device)
-        for short, parameter in list(module.named_parameters(recurse=False)):
+        for short, parameter in _own_parameters(module, tied):
             if id(parameter) not in shared:
                 blank = torch.empty(parameter.shape, device=device, dtype=dtype)
                 shared[id(parameter)] = nn.Parameter(blank, requires_grad=parameter.requires_grad)
@@ -283,17 +349,15 @@ def materialize(
         return module
 
     def fill(made: nn.Module, tensors: dict[str, Tensor]) -> None:
+        if made is tied:
+            tensors.pop("weight", None)
         if isinstance(made, LoQTLinear):
             made.set_w(quantize(tensors["weight"].to(device).float(), made.spec_w))
             tensors = {"bias": tensors["bias"]} if made.bias is not None else {}
         for short, tensor in tensors.items():
             getattr(made, short).copy_(tensor)
 
-    jobs = [
-        (name, module)
-        for name, module in model.named_modules()
-        if module is not tied and list(module.named_parameters(recurse=False))
-    ]
+    jobs = [(name, module) for name, module in model.named_modules() if _own_parameters(module, tied)]
     for start in range(0, len(jobs), ranks.world_size):
         batch = jobs[start : start + ranks.world_size]
         own = batch[ranks.rank] if ranks.rank < len(batch) else None
@@ -305,7 +369,7 @@ def materialize(
         del tensors  # before the next is there
         for owner, (name, module) in enumerate(made):
             of_w = list(module.packed_w().values()) if isinstance(module, LoQTLinear) else []
-            for tensor in (*of_w, *(p.data for _, p in module.named_parameters(recurse=False))):
+            for tensor in (*of_w, *(p.data for _, p in _own_parameters(module, tied))):
                 ranks.broadcast(tensor, owner)
             if name in linears:
                 _replace(model, name, module)
@@ -373,39 +437,39 @@ class _Initializer:
 
 
 class _CheckpointFiles:
-    """Reads tensors, one at a time, from one or several safetensors files."""
+    """Reads tensors, one at a time, from one or several safetensors files.
 
-    def __init__(self, model: nn.Module, directory: Path, option: str) -> None:
+    With `seed`, modules of the model's `task_head` that the files have nothing of are drawn by the model's own
+    initializer, and `drawn` names them; what the files hold of another task's head is left alone.
+    """
+
+    def __init__(self, model: nn.Module, directory: Path, option: str, seed: int | None) -> None:
         what = f"{option}={str(directory)!r}"
         self._files = dict(_tensor_files(directory, option))
         self._option = option
         tied = _tied_head(model)
-        wanted: dict[str, torch.Size] = {}
+        around = task_head(model) if seed is not None else set()
+        shapes: dict[str, torch.Size] = {}
         same: dict[int, list[str]] = {}
         for name, module in model.named_modules():
-            for short, parameter in module.named_parameters(recurse=False):
-                if module is not tied:
-                    full = f"{name}.{short}" if name else short
-                    wanted[full] = parameter.shape
-                    same.setdefault(id(parameter), []).append(full)
-        # A parameter that several modules share is in the files under one of its names, or under all.
-        self._stored: dict[str, str] = {}
-        for names in same.values():
-            found = [name for name in names if name in self._files]
-            self._stored |= {name: name if name in self._files else found[0] for name in names if found}
+            for short, parameter in _own_parameters(module, tied):
+                full = f"{name}.{short}" if name else short
+                shapes[full] = parameter.shape
+                same.setdefault(id(parameter), []).append(full)
+        self._stored = self._find(same.values(), getattr(model, "base_model_prefix", ""))
+        missing = sorted(set(shapes) - set(self._stored))
+        # A head is the task's as a whole: a classifier of another one with the same name is not half of it.
+        lacking = {name.rpartition(".")[0] for name in missing}
+        self.drawn = sorted(name for name in lacking if name in around)
+        self._initializer = None if seed is None else _Initializer(model, seed)
+        wanted = {name: shape for name, shape in shapes.items() if name.rpartition(".")[0] not in self.drawn}
         missing = sorted(set(wanted) - set(self._stored))
         if missing:
             raise ValueError(
                 f"{what} has no tensor {missing[0]} (and {len(missing) - 1} others of "
-                f"{len(wanted)} are missing): its config.json describes another model than its files hold"
+                f"{len(shapes)} are missing): its config.json describes another model than its files hold"
             )
-        ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []]
-        ignored += (
-            [re.compile(r".*rotary_emb\.inv_freq"), re.compile(r"lm_head\.weight")]
-            if tied is not None
-            else [re.compile(r".*rotary_emb\.inv_freq")]
-        )
-        extra = [k for k in sorted(set(self._files) - set(wanted)) if not any(p.search(k) for p in ignored)]
+        extra = self._extra(model, {self._stored[name] for name in wanted}, has_head=tied is None)
         if extra:
             raise ValueError(
                 f"{what} holds {len(extra)} tensors that {type(model).__name__} has no place "
@@ -414,7 +478,39 @@ class _CheckpointFiles:
         for name, shape in wanted.items():
             there = tuple(self._shape(name))
             if there != tuple(shape):
-                raise ValueError(f"{what}: {name} is {there}, the model's is {tuple(shape)}")
+                remedy = "; give the model.num_labels it was trained with" if name.rpartition(".")[0] in around else ""
+                raise ValueError(f"{what}: {name} is {there}, the model's is {tuple(shape)}{remedy}")
+
+    def _find(self, groups: Iterable[list[str]], prefix: str) -> dict[str, str]:
+        """Name of each parameter -> name in the files. One that several modules share is there under one of its names,
+        or under all; a base model is saved without the prefix that it has inside of others; old files say gamma and
+        beta for the weight and bias of a norm."""
+
+        def spellings(name: str) -> Iterator[str]:
+            for start in (name, name.removeprefix(f"{prefix}.")):
+                yield start
+                for new, old in (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")):
+                    if start.endswith(new):
+                        yield start.removesuffix(new) + old
+
+        stored: dict[str, str] = {}
+        for names in groups:
+            found = {name: next((s for s in spellings(name) if s in self._files), None) for name in names}
+            there = [spelling for spelling in found.values() if spelling is not None]
+            stored |= {name: spelling or there[0] for name, spelling in found.items() if there}
+        return stored
+
+    def _extra(self, model: nn.Module, read: set[str], *, has_head: bool) -> list[str]:
+        """Tensors of the files that are neither read nor known to be dispensable."""
+        patterns = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
+        patterns += [r".*rotary_emb\.inv_freq", r".*\.position_ids"]
+        if not has_head:
+            patterns.append(r"lm_head\.weight")
+        base = f"{getattr(model, 'base_model_prefix', '')}."
+        if self._initializer is not None and any(name.startswith(base) for name in self._files):
+            patterns.append(rf"(?!{re.escape(base)})")  # heads of other tasks
+        ignored = [re.compile(pattern) for pattern in patterns]
+        return [name for name in sorted(set(self._files) - read) if not any(p.search(name) for p in ignored)]
 
     def _shape(self, name: str) -> list[int]:
         stored = self._stored[name]
@@ -427,8 +523,12 @@ class _CheckpointFiles:
             return file.get_tensor(stored)
 
     def module(self, name: str, module: nn.Module) -> dict[str, Tensor]:
+        if name in self.drawn:
+            assert self._initializer is not None
+            return self._initializer.module(name, module)
         prefix = f"{name}." if name else ""
-        return {short: self._read(prefix + short) for short, _ in module.named_parameters(recurse=False)}
+        names = [short for short, _ in module.named_parameters(recurse=False) if prefix + short in self._stored]
+        return {short: self._read(prefix + short) for short in names}
 
     def weight(self, name: str) -> Tensor:
         return self._read(f"{name}.weight").float()
@@ -474,12 +574,15 @@ def initializer(seed: int) -> Callable[[nn.Module], WeightSource]:
     return lambda model: _Initializer(model, seed)
 
 
-def checkpoint_files(directory: str | Path, *, option: str = "model.path") -> Callable[[nn.Module], WeightSource]:
-    """Weights read from the safetensors files of a directory, which errors call `option`.
+def checkpoint_files(
+    directory: str | Path, *, option: str = "model.path", seed: int | None = None
+) -> Callable[[nn.Module], WeightSource]:
+    """Weights read from the safetensors files of a directory, which errors call `option`. With a seed, the modules of a
+    `task_head` that the files lack are drawn from it; the source's `drawn` names them.
 
     Raises ValueError if the files are missing, pickled, quantized, or of another model.
     """
-    return lambda model: _CheckpointFiles(model, Path(directory), option)
+    return lambda model: _CheckpointFiles(model, Path(directory), option, seed)
 
 
 @torch.no_grad()
