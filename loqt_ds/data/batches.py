@@ -129,11 +129,15 @@ class TrainBatches:
 
 
 class ValidationSet:
-    """All held-out rows, in a fixed order. `num_predicted`: how many targets a full pass has."""
+    """All held-out rows, in a fixed order."""
 
     def __init__(self, rows: HeldOutRows, *, collate: Collate) -> None:
         self._rows, self._collate = rows, collate
-        self.num_predicted = rows.num_predicted
+
+    @property
+    def num_predicted(self) -> int:
+        """How many targets a full pass has."""
+        return self._rows.num_predicted
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -24,6 +24,7 @@ import lzma
 import os
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -47,40 +48,45 @@ class Document:
     split_key: str | None = None
 
 
-def file_format(path: Path) -> str | None:
-    """The format's ending (`.txt`, `.jsonl`, `.json` or `.parquet`) with any compression's taken off, or None."""
+def file_format(path: Path, formats: tuple[str, ...] = FORMATS) -> str | None:
+    """Which of `formats` the path ends in (such as `.txt`), any compression's ending taken off, or None."""
     name = path.name.lower()
     for compression in COMPRESSIONS:
         name = name.removesuffix(compression)
-    return next((ending for ending in FORMATS if name.endswith(ending)), None)
+    return next((ending for ending in formats if name.endswith(ending)), None)
 
 
-def _known_endings() -> str:
-    return f"{', '.join(FORMATS)}, each also with {', '.join(COMPRESSIONS)}"
+def _known_endings(formats: tuple[str, ...]) -> str:
+    return f"{', '.join(formats)}, each also with {', '.join(COMPRESSIONS)}"
 
 
-def _walk(directory: Path, option: str, say: Callable[[str], None]) -> list[Path]:
+def _walk(directory: Path, option: str, say: Callable[[str], None], formats: tuple[str, ...]) -> list[Path]:
     found, num_passed_over = [], 0
     for folder, folders, names in os.walk(directory):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(folder, name)
-            if not name.startswith(".") and file_format(path):
+            if not name.startswith(".") and file_format(path, formats):
                 found.append(path)
             else:
                 num_passed_over += 1
     if not found:
-        raise DataError(f"{option}={directory}: no file in it that can be read; known: {_known_endings()}")
+        raise DataError(f"{option}={directory}: no file in it that can be read; known: {_known_endings(formats)}")
     if num_passed_over:
         say(f"{option}={directory}: {len(found)} files are read, {num_passed_over} with other endings passed over")
     return found
 
 
-def resolve_paths(value: str | list[str], option: str = "data.path", say: Callable[[str], None] = print) -> list[Path]:
+def resolve_paths(
+    value: str | list[str],
+    option: str = "data.path",
+    say: Callable[[str], None] = print,
+    formats: tuple[str, ...] = FORMATS,
+) -> list[Path]:
     """The files that a path, a glob (`**` allowed), a directory (searched in depth), or a list of them names.
 
     Sorted within each entry, each file once, in the order of the entries. Raises DataError for a missing path, a glob
-    that matches nothing, an ending that is not known, an empty file, an empty list.
+    that matches nothing, an ending that is none of `formats`, an empty file, an empty list.
     """
     entries = [value] if isinstance(value, str | os.PathLike) else list(value)
     if not entries:
@@ -89,7 +95,7 @@ def resolve_paths(value: str | list[str], option: str = "data.path", say: Callab
     for entry in entries:
         path = Path(os.path.expanduser(entry))
         if path.is_dir():
-            paths |= dict.fromkeys(_walk(path, option, say))
+            paths |= dict.fromkeys(_walk(path, option, say, formats))
         elif path.exists():
             paths[path] = None
         elif glob.has_magic(str(entry)):
@@ -101,8 +107,8 @@ def resolve_paths(value: str | list[str], option: str = "data.path", say: Callab
         else:
             raise DataError(f"{option}={entry}: no such file or directory (looked from {Path.cwd()}); correct the path")
     for path in paths:
-        if file_format(path) is None:
-            raise DataError(f"{option}={path}: files with this ending cannot be read; known: {_known_endings()}")
+        if file_format(path, formats) is None:
+            raise DataError(f"{option}={path}: files with this ending cannot be read; known: {_known_endings(formats)}")
         if path.stat().st_size == 0:
             raise DataError(f"{option}={path} is empty (0 bytes); remove it or give a file with text")
     return list(paths)
@@ -151,8 +157,15 @@ def read_documents(path: Path, text_field: str, option: str = "data.path") -> It
     """
     readers = {".txt": _read_text, ".parquet": _read_parquet}
     reader = readers.get(file_format(path) or "", _read_json_lines)
-    try:
+    with damage_told(path, option):
         yield from reader(path, text_field, option)
+
+
+@contextmanager
+def damage_told(path: Path, option: str) -> Iterator[None]:
+    """Turns what a decompressor says of a damaged file into a DataError."""
+    try:
+        yield
     except (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as error:
         raise DataError(f"{option}={path} is damaged or cut short ({error}); fetch or compress it again") from error
     except OSError as error:
@@ -168,7 +181,8 @@ def check_files(paths: list[Path], text_field: str, option: str = "data.path") -
             raise DataError(f"{option}={path} is empty: no document in it; remove it or give a file with text")
 
 
-def _decode(data: bytes, path: Path, option: str, *, first_byte: int, first_line: int) -> str:
+def decode(data: bytes, path: Path, option: str, *, first_byte: int, first_line: int) -> str:
+    """UTF-8 text; DataError naming the wrong byte, its place in the file and its line."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -210,7 +224,7 @@ def _read_text(path: Path, text_field: str, option: str) -> Iterator[Document]:
 def _text_document(
     data: bytes, path: Path, option: str, first_byte: int, first_line: int, num_before: int, separator_follows: bool
 ) -> Document:
-    text = _decode(data, path, option, first_byte=first_byte, first_line=first_line)
+    text = decode(data, path, option, first_byte=first_byte, first_line=first_line)
     if first_byte == 0:
         text = text.removeprefix("\ufeff")
     if num_before:  # the line break that ends the separator's line
@@ -220,20 +234,21 @@ def _text_document(
     return Document(text, f"{path} line {first_line}")
 
 
-def _read_json_lines(path: Path, text_field: str, option: str) -> Iterator[Document]:
+def text_lines(path: Path, option: str, *, blank: bool = False) -> Iterator[tuple[int, str]]:
+    """(number, line) of each line, its end included, without the byte order mark; of blank lines if they are wanted."""
     first_byte = 0
     with open_binary(path) as stream:
         for number, line in enumerate(stream, start=1):
-            text = _decode(line, path, option, first_byte=first_byte, first_line=number)
+            text = decode(line, path, option, first_byte=first_byte, first_line=number)
             first_byte += len(line)
             if number == 1:
                 text = text.removeprefix("\ufeff")
-            if not text.strip():
-                continue
-            yield _json_document(text, path, number, text_field, option)
+            if blank or text.strip():
+                yield number, text
 
 
-def _json_document(line: str, path: Path, number: int, text_field: str, option: str) -> Document:
+def json_object(line: str, path: Path, number: int, option: str) -> dict[str, Any]:
+    """The object that a line of JSON Lines holds."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -244,8 +259,17 @@ def _json_document(line: str, path: Path, number: int, text_field: str, option: 
     if not isinstance(record, dict):
         raise DataError(
             f"{option}={path} line {number} holds a {type(record).__name__}, not an object; JSON Lines has one object "
-            f"a line with the document in data.text_field={text_field}"
+            f"a line"
         )
+    return record
+
+
+def _read_json_lines(path: Path, text_field: str, option: str) -> Iterator[Document]:
+    for number, line in text_lines(path, option):
+        yield _json_document(json_object(line, path, number, option), path, number, text_field, option)
+
+
+def _json_document(record: dict[str, Any], path: Path, number: int, text_field: str, option: str) -> Document:
     if text_field not in record:
         raise DataError(
             f"data.text_field={text_field}: {path} line {number} has no such field; it has: "
@@ -259,17 +283,40 @@ def _json_document(line: str, path: Path, number: int, text_field: str, option: 
             f"data.text_field={text_field}: {path} line {number} holds a {type(text).__name__} there, not a string; "
             f"name a field that holds text"
         )
+    check_text(text, f"{option}={path} line {number}")
+    return Document(text, f"{path} line {number}")
+
+
+def check_text(text: str, where: str) -> None:
+    """Raises DataError, naming `where`, for text that UTF-8 cannot carry, and a tokenizer cannot take."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{option}={path} line {number} is not UTF-8: the escape \\u{ord(text[error.start]):04x} is half of a "
-            f"surrogate pair; correct the line"
+            f"{where} is not UTF-8: the escape \\u{ord(text[error.start]):04x} is half of a surrogate pair; correct "
+            f"the line"
         ) from error
-    return Document(text, f"{path} line {number}")
 
 
 def _read_parquet(path: Path, text_field: str, option: str) -> Iterator[Document]:
+    def chosen(names: list[str]) -> list[str]:
+        check_column(names, text_field, str(path))
+        return [text_field]
+
+    for number, row in parquet_rows(path, option, chosen):
+        text = row[text_field]
+        if text is not None and not isinstance(text, str):
+            raise DataError(
+                f"data.text_field={text_field}: {path} holds a {type(text).__name__} in this column, not a string; "
+                f"name a column that holds text"
+            )
+        yield Document(text or "", f"{path} row {number}")
+
+
+def parquet_rows(
+    path: Path, option: str, columns: Callable[[list[str]], list[str]]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, row) of each row, with those of its columns that `columns` chooses among the names there are."""
     import pyarrow
     import pyarrow.parquet
 
@@ -282,16 +329,10 @@ def _read_parquet(path: Path, text_field: str, option: str) -> Iterator[Document
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(source) as table:
-            check_column(table.schema_arrow.names, text_field, str(path))
-            for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
+            for batch in table.iter_batches(batch_size=1024, columns=columns(table.schema_arrow.names)):
+                for row in batch.to_pylist():
                     number += 1
-                    if text is not None and not isinstance(text, str):
-                        raise DataError(
-                            f"data.text_field={text_field}: {path} holds a {type(text).__name__} in this column, not a "
-                            f"string; name a column that holds text"
-                        )
-                    yield Document(text or "", f"{path} row {number}")
+                    yield number, row
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"{option}={path} is damaged or no Parquet file ({error}); fetch it again") from error
     except UnicodeDecodeError as error:

@@ -109,7 +109,7 @@ class DatasetSource:
         self.num_unreadable = 0
         self._text_field = text_field
         self._streaming = streaming
-        self._dataset = _load(name, config_name, split, streaming, self.option, option)
+        self._dataset = open_dataset(name, config_name, split, streaming, self.option, option)
         names = self._dataset.column_names
         if names is None:  # a stream may know its columns only once something has been read
             names = list(next(iter(self._dataset), {}))
@@ -137,7 +137,9 @@ class DatasetSource:
         return hash_of([*self._fingerprint_parts, getattr(self._dataset, "_fingerprint", None)])
 
 
-def _load(name: str, config_name: str | None, split: str, streaming: bool, where: str, option: str) -> Any:
+def open_dataset(name: str, config_name: str | None, split: str, streaming: bool, where: str, option: str) -> Any:
+    """A split of a dataset of the hub or of a local directory; DataError, naming `where` and `option`, if there is
+    none."""
     import datasets
     from datasets.exceptions import DatasetsError
 
