@@ -1,4 +1,4 @@
-"""`python -m loqt_ds.export --checkpoint DIR --format nf4|bf16 --output DIR`: export a training checkpoint."""
+"""`python -m loqt_ds.export --checkpoint DIR --format nf4|bf16|adapter --output DIR`: export a training checkpoint."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loqt_ds.export import FORMATS, export_checkpoint
+from loqt_ds.export.report import how_to_load
 from loqt_ds.export.run import DEFAULT_MAX_SHARD_SIZE_GIB
 
 
@@ -19,7 +20,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output", required=True, type=Path, help="directory to make; must not exist or be empty")
     parser.add_argument(
-        "--format", default="nf4", choices=FORMATS, help="nf4: merged 4-bit; bf16: merged dense (default: %(default)s)"
+        "--format",
+        default="nf4",
+        choices=FORMATS,
+        help="nf4: merged 4-bit; bf16: merged dense; adapter: not merged, DIR/base and DIR/adapter for PEFT (default: "
+        "%(default)s)",
+    )
+    parser.add_argument(
+        "--base", type=Path, help="with --format adapter: write only the adapter, over this base of an earlier export"
     )
     parser.add_argument(
         "--double-quant", action="store_true", help="store the scales in 8 bits (0.4 bits a weight less, not exact)"
@@ -40,11 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             double_quant=options.double_quant,
             max_shard_size_gib=options.max_shard_size_gib,
             verify=not options.no_verify,
+            base_dir=options.base,
         )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"in {report.output_dir}; load it with AutoModelForCausalLM.from_pretrained({str(report.output_dir)!r})")
+    print(f"in {report.output_dir}; {how_to_load(report)}")
     return 0
 
 

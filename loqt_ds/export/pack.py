@@ -92,6 +92,8 @@ def merge_error(merged: Tensor, packed: Packed, weight_format: WeightFormat) -> 
     """‖W_eff − W_export‖ / ‖W_eff‖ of a merged weight (out, in) float32 and its exported bytes; 0 where W_eff is 0."""
     norm = torch.linalg.vector_norm(merged, dtype=torch.float64).item()
     exported = dequantize(packed, (merged.shape[0], merged.shape[1]), weight_format.spec)
+    if weight_format.spec.kind == "none" and weight_format.dtype == torch.float32:
+        exported = exported.clone()  # it shares the memory of what is to be written
     residual = torch.linalg.vector_norm(exported.sub_(merged), dtype=torch.float64).item()
     return residual / norm if norm > 0 else residual
 

@@ -48,6 +48,22 @@ class Verification:
 
 
 @dataclass
+class AdapterReport:
+    """What was written as an adapter, and what PEFT made of it."""
+
+    rank: int
+    target_modules: list[str] | str
+    modules_to_save: list[str]
+    """Modules that the adapter holds whole, because the task trained them and the base does not have them."""
+    num_bytes: int
+    base: str
+    layers_relative_difference: float | None = None
+    """Of a layer's W + (alpha / r) B A as PEFT has it from W_q + s (P, B product), the largest; None: not compared."""
+    logits_relative_difference: float | None = None
+    """‖difference‖ / ‖logits‖ of PEFT's model against the trained one."""
+
+
+@dataclass
 class ExportReport:
     """Summary of one export."""
 
@@ -62,6 +78,7 @@ class ExportReport:
     versions: dict[str, str]
     source: str
     verification: Verification | None = None
+    adapter: AdapterReport | None = None
 
     @property
     def mean_merge_error(self) -> float:
@@ -87,6 +104,8 @@ class ExportReport:
 
     def summary_lines(self) -> list[str]:
         """A few lines for a person."""
+        if self.adapter is not None:
+            return self._adapter_lines(self.adapter)
         worst = self.worst_layer
         size = f"{self.num_bytes / GIB:.2f} GiB" if self.num_bytes >= GIB else f"{self.num_bytes / 2**20:.1f} MiB"
         shards = f"{self.num_shards} file{'s' if self.num_shards > 1 else ''}"
@@ -104,3 +123,30 @@ class ExportReport:
             f"({check.logits_relative_difference:.1e} relative) from those of the exported weights, and by "
             f"{check.merged_logits_relative_difference:.1e} relative from those of the merged model in float32",
         ]
+
+    def _adapter_lines(self, adapter: AdapterReport) -> list[str]:
+        of_base = self.layers[0].exported_as
+        lines = [
+            f"exported P and B of {len(self.layers)} matrices as an adapter of rank {adapter.rank} "
+            f"({adapter.num_bytes / 2**20:.1f} MiB) over the base {adapter.base} (weights as {of_base})"
+        ]
+        if adapter.modules_to_save:
+            lines.append(f"the adapter also holds what the base has otherwise: {', '.join(adapter.modules_to_save)}")
+        if adapter.logits_relative_difference is None:
+            return [*lines, "it was not loaded with PEFT, and no logits were compared"]
+        return [
+            *lines,
+            f"loaded with PEFT: logits differ by {adapter.logits_relative_difference:.1e} (relative) from those of the "
+            f"trained model, weights by {adapter.layers_relative_difference:.1e} at most",
+        ]
+
+
+def how_to_load(report: ExportReport) -> str:
+    """A line for whoever has just exported."""
+    if report.adapter is not None:
+        adapter = str(report.output_dir / "adapter")
+        return (
+            f"load it with PeftModel.from_pretrained(model, {adapter!r}), where model = "
+            f"AutoModelForCausalLM.from_pretrained({report.adapter.base!r})"
+        )
+    return f"load it with AutoModelForCausalLM.from_pretrained({str(report.output_dir)!r})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,16 @@ from loqt_ds.checkpoint import (
     write_json,
 )
 from loqt_ds.config import from_dict
-from loqt_ds.export import writer
+from loqt_ds.export import adapter, writer
 from loqt_ds.export.pack import WeightFormat, pack_layer, packed_num_bytes
 from loqt_ds.export.report import GIB, ExportError, ExportReport, LayerReport
-from loqt_ds.export.verify import Expected, verify_export, verify_files
+from loqt_ds.export.verify import Expected, load_export, random_tokens, verify_export, verify_files
 from loqt_ds.method.conversion import build_meta, loqt_layers, output_head, tie_weights
 from loqt_ds.method.description import transformers_config
 from loqt_ds.method.linear import LoQTLinear
 from loqt_ds.shards import saved_masters
 
-FORMATS = ("nf4", "bf16")
+FORMATS = ("nf4", "bf16", "adapter")
 DEFAULT_MAX_SHARD_SIZE_GIB = 5.0
 
 Say = Callable[[str], object]
@@ -47,6 +48,7 @@ def export_model(
     double_quant: bool = False,
     max_shard_size_gib: float = DEFAULT_MAX_SHARD_SIZE_GIB,
     verify: bool = True,
+    base_dir: Path | None = None,
     source: str = "a model in memory",
     say: Say = print,
 ) -> ExportReport:
@@ -59,57 +61,121 @@ def export_model(
         tokenizer_dir: whose files travel along, or None.
         output_dir: must not exist, or be empty.
         format: "nf4": 4-bit in the type the weights were trained in (nf4 or fp4; int4 and unquantized ones become
-            nf4); "bf16": dense.
+            nf4); "bf16": dense; "adapter": nothing is merged, `output_dir` gets the directories base and adapter.
         masters: parameter name -> float32 tensor of the parameter's shape, used instead of it (B included).
         double_quant: store the scales in 8 bits; they then differ a little from those that were trained with.
         max_shard_size_gib: weights are split into files of at most this size.
-        verify: reload with transformers on the model's device, and compare.
+        verify: reload with transformers (and PEFT) on the model's device, and compare.
+        base_dir: with "adapter", the directory of a base that there is already: only the adapter is written, after it
+            was found to be the same one.
 
     Raises:
         ExportError: an option or directory is refused, the disk is too small, or the reloaded model differs.
     """
     output_dir = Path(output_dir)
-    _check_options(format, double_quant, max_shard_size_gib)
+    check_options(format, double_quant, max_shard_size_gib, base_dir=base_dir, verify=verify)
     if model_config is None and format != "bf16":
         raise ExportError(
-            f"export.format={format}: only transformers loads 4-bit files, and this model is not one of its own; "
+            f"export.format={format}: only transformers loads such files, and this model is not one of its own; "
             "use bf16"
         )
     writer.refuse_existing(output_dir)
     expected, notes = _expected(model, model_config, format, double_quant, masters or {})
-    reports: list[LayerReport] = []
-    units = _units(expected, reports)
+    factors = expected.factors
+    if format == "adapter":
+        expected = adapter.base_of(expected)
+    contents = adapter.Contents() if base_dir is None else adapter.compare_base(base_dir, expected, model)
+    report = ExportReport(
+        output_dir=output_dir,
+        format=format,
+        layers=[],
+        num_bytes=0,
+        num_shards=0,
+        notes=notes,
+        versions=_versions(format),
+        source=source,
+    )
+    tokenizer_dir = None if tokenizer_dir is None else Path(tokenizer_dir)
     try:
         with writer.complete_or_nothing(output_dir) as temporary:
-            num_bytes = sum(unit.num_bytes for unit in units)
-            check_free_space(temporary, num_bytes, what="the export", remedy="or give another --output")
-            written = writer.write_weights(temporary, units, int(max_shard_size_gib * GIB))
-            if model_config is not None:
-                config_json = writer.model_config_json(model, expected.layers, model_config, expected.weight_format)
-                writer.write_configuration(temporary, config_json, model_config)
-            if tokenizer_dir is not None:
-                writer.copy_tokenizer(Path(tokenizer_dir), temporary)
-            report = ExportReport(
-                output_dir=output_dir,
-                format=format,
-                layers=reports,
-                num_bytes=written.num_bytes,
-                num_shards=len(written.files),
-                notes=notes + _copied_note(reports),
-                versions=_versions(),
-                source=source,
-            )
-            if verify and model_config is None:
-                verify_files(temporary, written)
-            elif verify:
-                report.verification = verify_export(temporary, written, expected)
-                report.notes += _patched_note(report.verification.patched_layers)
+            where = temporary / adapter.BASE if format == "adapter" else temporary
+            if base_dir is None:
+                written = _write_model(where, expected, model, tokenizer_dir, max_shard_size_gib, report)
+                if verify:
+                    _verify_model(where, written, expected, report)
+            if format == "adapter":
+                _write_adapter(temporary, expected, factors, model, base_dir, contents, report, verify=verify)
             write_json(temporary / writer.REPORT_FILE, report.to_dict())
     except (OSError, CheckpointError) as error:
         raise ExportError(f"the export could not be written to {output_dir}: {error}") from error
     for line in (*report.notes, *report.summary_lines()):
         say(line)
     return report
+
+
+def _write_model(
+    directory: Path,
+    expected: Expected,
+    model: nn.Module,
+    tokenizer_dir: Path | None,
+    max_shard_size_gib: float,
+    report: ExportReport,
+) -> writer.WrittenWeights:
+    """Everything that transformers loads; completes the report."""
+    directory.mkdir(exist_ok=True)
+    units, model_config = _units(expected, report.layers), expected.model_config
+    num_bytes = sum(unit.num_bytes for unit in units)
+    check_free_space(directory, num_bytes, what="the export", remedy="or give another --output")
+    written = writer.write_weights(directory, units, int(max_shard_size_gib * GIB))
+    if model_config is not None:
+        config_json = writer.model_config_json(model, expected.layers, model_config, expected.weight_format)
+        writer.write_configuration(directory, config_json, model_config)
+    if tokenizer_dir is not None:
+        writer.copy_tokenizer(tokenizer_dir, directory)
+    report.num_bytes, report.num_shards = written.num_bytes, len(written.files)
+    if report.format != "adapter":
+        report.notes += _copied_note(report.layers)
+    return written
+
+
+def _verify_model(directory: Path, written: writer.WrittenWeights, expected: Expected, report: ExportReport) -> None:
+    if expected.model_config is None:
+        verify_files(directory, written)
+        return
+    report.verification = verify_export(directory, written, expected)
+    report.notes += _patched_note(report.verification.patched_layers)
+
+
+def _write_adapter(
+    temporary: Path,
+    expected: Expected,
+    factors: Mapping[str, Tensor],
+    model: nn.Module,
+    base_dir: Path | None,
+    contents: adapter.Contents,
+    report: ExportReport,
+    *,
+    verify: bool,
+) -> None:
+    """The adapter, in a directory beside its base, or alone; completes the report."""
+    base = temporary / adapter.BASE if base_dir is None else base_dir
+    called = (report.output_dir / adapter.BASE if base_dir is None else base_dir).resolve()
+    layers, directory = expected.layers, temporary / adapter.ADAPTER
+    files = adapter.stored_weights(base).files
+    made = adapter.write_adapter(directory, layers, factors, model, base=called, base_files=files, contents=contents)
+    report.adapter = made
+    report.layers = report.layers or adapter.unchanged(expected)
+    if verify:
+        device = next(iter(layers.values())).B.device
+        made.layers_relative_difference, made.logits_relative_difference = adapter.verify_adapter(
+            load_export(base, device=str(device)),
+            directory,
+            model,
+            layers,
+            factors,
+            {"input_ids": random_tokens(expected.model_config, str(device))},
+            expected.weight_format.dtype,
+        )
 
 
 def export_checkpoint(
@@ -120,6 +186,7 @@ def export_checkpoint(
     double_quant: bool = False,
     max_shard_size_gib: float = DEFAULT_MAX_SHARD_SIZE_GIB,
     verify: bool = True,
+    base_dir: Path | None = None,
     say: Say = print,
 ) -> ExportReport:
     """Export what a training checkpoint holds; fp32 masters are used where it has them.
@@ -132,7 +199,7 @@ def export_checkpoint(
         ExportError: as for `export_model`, or the checkpoint lacks something.
         CheckpointError: the checkpoint is damaged or not there.
     """
-    _check_options(format, double_quant, max_shard_size_gib)
+    check_options(format, double_quant, max_shard_size_gib, base_dir=base_dir, verify=verify)
     writer.refuse_existing(Path(output_dir))
     found = find_checkpoint(Path(checkpoint_dir), str(checkpoint_dir), say=say, option="--checkpoint")
     assert found is not None, "a path either holds a checkpoint or raises"
@@ -152,16 +219,29 @@ def export_checkpoint(
         double_quant=double_quant,
         max_shard_size_gib=max_shard_size_gib,
         verify=verify,
+        base_dir=base_dir,
         source=f"{found.resolve()} (step {checkpoint.step})",
         say=say,
     )
 
 
-def _check_options(format: str, double_quant: bool, max_shard_size_gib: float) -> None:
+def check_options(
+    format: str, double_quant: bool, max_shard_size_gib: float, *, base_dir: Path | None, verify: bool
+) -> None:
+    """Raises ExportError for what cannot be honoured, before anything is loaded or written."""
     if format not in FORMATS:
         raise ExportError(f"export.format={format!r} does not exist; use one of {', '.join(FORMATS)}")
-    if double_quant and format == "bf16":
-        raise ExportError("double quantization needs format=nf4; format=bf16 has no scales to quantize")
+    if double_quant and format != "nf4":
+        why = (
+            "the base of an adapter keeps the scales of training" if format == "adapter" else "it has none to quantize"
+        )
+        raise ExportError(f"double quantization needs format=nf4, not format={format}: {why}")
+    if base_dir is not None and format != "adapter":
+        raise ExportError(f"--base is of an adapter, and format={format} writes a model of its own; use format=adapter")
+    if base_dir is not None and not (base_dir / "config.json").is_file():
+        raise ExportError(f"--base={base_dir} is no model directory; give the directory base of an adapter's export")
+    if format == "adapter" and verify:
+        adapter.import_peft()
     if not max_shard_size_gib > 0:
         raise ExportError(f"max_shard_size_gib={max_shard_size_gib} must be above 0, for example 5")
 
@@ -170,8 +250,10 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "bitsandbytes", "safetensors")
+def _versions(format: str) -> dict[str, str]:
+    packages = ["torch", "transformers", "bitsandbytes", "safetensors"]
+    if format == "adapter" and importlib.util.find_spec("peft") is not None:
+        packages.append("peft")
     return {"loqt_ds": loqt_ds.__version__} | {name: importlib.metadata.version(name) for name in packages}
 
 
@@ -204,6 +286,8 @@ def _expected(
 
 def _weight_format(layers: Mapping[str, LoQTLinear], format: str, double_quant: bool) -> tuple[WeightFormat, list[str]]:
     """How adapted weights are exported, and what to say about it."""
+    if format == "adapter":
+        return adapter.base_format(layers)
     if format == "bf16":
         return WeightFormat(None), []
     kinds = sorted({layer.spec_w.kind for layer in layers.values()})

@@ -84,16 +84,16 @@ def verify_export(directory: Path, written: WrittenWeights, expected: Expected) 
     verify_files(directory, written)
     device = str(next(iter(expected.layers.values())).B.device)
     reloaded = _reload(directory, device)
-    stored = _StoredTensors(directory, written.weight_map)
+    stored = StoredTensors(directory, written.weight_map)
     patched = _compare_tensors(reloaded, stored, expected)
-    tokens = _random_tokens(expected.model_config, device)
+    tokens = random_tokens(expected.model_config, device)
     actual = reloaded(input_ids=tokens).logits.float()
     del reloaded
     wanted = _Reference(expected, stored, device, merged=False).logits(tokens)
     merged = _Reference(expected, stored, device, merged=True).logits(tokens)
     if not torch.isfinite(actual).all():
         raise ExportError("the reloaded model computes logits that are not finite")
-    relative = _relative_difference(actual, wanted)
+    relative = relative_difference(actual, wanted)
     if relative > LOGITS_TOLERANCE:
         raise ExportError(
             f"the reloaded model's logits differ by {relative:.3f} (relative) from those of the exported weights, more "
@@ -104,17 +104,19 @@ def verify_export(directory: Path, written: WrittenWeights, expected: Expected) 
         num_tokens=tokens.numel(),
         logits_max_difference=(actual - wanted).abs().max().item(),
         logits_relative_difference=relative,
-        merged_logits_relative_difference=_relative_difference(actual, merged),
+        merged_logits_relative_difference=relative_difference(actual, merged),
         patched_layers=patched,
     )
 
 
-def _relative_difference(actual: Tensor, wanted: Tensor) -> float:
+def relative_difference(actual: Tensor, wanted: Tensor) -> float:
+    """‖actual − wanted‖ / ‖wanted‖; 0 or 1 where `wanted` is zero."""
     norm = torch.linalg.vector_norm(wanted).item()
     return torch.linalg.vector_norm(actual - wanted).item() / norm if norm > 0 else float(actual.any())
 
 
-def _random_tokens(model_config: Any, device: str) -> Tensor:
+def random_tokens(model_config: Any, device: str) -> Tensor:
+    """(rows, columns) token ids of a model, always the same."""
     text_config = model_config.get_text_config()
     num_columns = min(NUM_COLUMNS, getattr(text_config, "max_position_embeddings", NUM_COLUMNS))
     generator = torch.Generator().manual_seed(0)
@@ -173,7 +175,7 @@ def _reload(directory: Path, device: str) -> nn.Module:
     return model.eval()
 
 
-class _StoredTensors:
+class StoredTensors:
     """Tensors of the written files, read when asked for."""
 
     def __init__(self, directory: Path, weight_map: Mapping[str, str]):
@@ -194,7 +196,7 @@ class _StoredTensors:
 # ------------------------------------------------------------------------------------------------- comparing tensors
 
 
-def _compare_tensors(reloaded: nn.Module, stored: _StoredTensors, expected: Expected) -> list[str]:
+def _compare_tensors(reloaded: nn.Module, stored: StoredTensors, expected: Expected) -> list[str]:
     """Compare everything stored with what the reloaded model holds; returns the layers that had to be patched."""
     patched = []
     adapted = expected.layers if expected.weight_format.quant_type is not None else {}
@@ -236,7 +238,7 @@ def _compare_quantized(
     return None
 
 
-def _table_lookup(module: Any) -> Tensor:
+def table_lookup(module: Any) -> Tensor:
     """The weight (out, in) float32 of a Linear4bit, from its codes, table and scales alone."""
     state, codes = module.weight.quant_state, module.weight.data.view(-1)
     num_values = state.shape.numel()
@@ -256,9 +258,9 @@ def _put_right(name: str, module: Any) -> bool:
 
     # With AVX512-BF16 the layer would repack its weight at its first forward and fail at odd widths.
     module.support_avx512bf16_for_cpu = False
-    wanted = _table_lookup(module)
+    wanted = table_lookup(module)
     actual = dequantize_4bit(module.weight.data, module.weight.quant_state)
-    difference = _relative_difference(actual.float(), wanted)
+    difference = relative_difference(actual.float(), wanted)
     if difference < 0.01:  # bf16 rounding is 0.002, the error looked for 0.2
         return False
     width = module.in_features
@@ -266,7 +268,7 @@ def _put_right(name: str, module: Any) -> bool:
         raise ExportError(f"bitsandbytes dequantizes {name} with a relative error of {difference:.3f}")
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, _table_lookup(self).to(x.dtype), self.bias)
+        return nn.functional.linear(x, table_lookup(self).to(x.dtype), self.bias)
 
     module.forward = MethodType(forward, module)
     return True
@@ -278,7 +280,7 @@ def _put_right(name: str, module: Any) -> bool:
 class _Reference:
     """The model as it should compute: exported weights in bf16, or merged ones in float32, before they were rounded."""
 
-    def __init__(self, expected: Expected, stored: _StoredTensors, device: str, *, merged: bool):
+    def __init__(self, expected: Expected, stored: StoredTensors, device: str, *, merged: bool):
         self._expected, self._stored = expected, stored
         self._device = torch.device(device)
         self._merged = merged

@@ -1,0 +1,408 @@
+"""P and B as a PEFT LoRA adapter over the frozen base: nothing is merged, and nothing is quantized again.
+
+A LoRA layer computes y = x Wᵀ + (alpha / r) (x Aᵀ) Bᵀ, A (r, in) and B (out, r) (LoRA, arXiv 2106.09685, section 4.1;
+`lora_A.weight` and `lora_B.weight` of PEFT). The layer of `method.linear` is the same function with
+
+    side "right":  A = P̂ᵀ, B = B          side "left":  A = B, B = P̂          alpha = s r
+
+so an export is two directories: `base`, the weights W_q with their stored codes and everything that is trained in full,
+as transformers loads it; and `adapter`, as `PeftModel.from_pretrained` loads it. The base is in the dtype of training
+and what the adapter holds is in float32 (masters of B, and P̂ as its codes stand for).
+
+W_q of several tasks is the same where it is the quantized weight of one checkpoint (`loqt.schedule=never`,
+`loqt.compensation_steps` at most 1). Then one base serves all: the adapter alone is written over it, and what else the
+task has trained goes along, modules as `modules_to_save`, biases of adapted layers as `lora_bias`. `BASE_FILE` in the
+adapter's directory holds the checksums of the base that it is of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from loqt_ds.checkpoint import write_json, write_safetensors
+from loqt_ds.export import writer
+from loqt_ds.export.pack import WeightFormat, pack_layer
+from loqt_ds.export.report import AdapterReport, ExportError, LayerReport
+from loqt_ds.export.verify import Expected, StoredTensors, relative_difference, table_lookup
+from loqt_ds.method.linear import LoQTLinear
+
+BASE, ADAPTER = "base", "adapter"
+"""The two directories of an export."""
+BASE_FILE = "base.json"
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+# Kernels add in another order: 1e-7 in a layer in float32, 4e-3 in bf16. A wrong factor is an error of its size.
+_LAYER_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One layer's adapter, on the CPU: A (r, in) and B (out, r) float32; s multiplies their product."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+@torch.no_grad()
+def lora_factors(layer: LoQTLinear, factor: Tensor | None = None) -> Factors:
+    """A layer's P and B as PEFT's A and B; `factor`: canonical (l, r) float32 to use instead of the layer's B."""
+    factor = (layer.factor() if factor is None else factor.float()).cpu()
+    basis = layer.basis_hat().cpu()
+    if layer.side == "right":
+        return Factors(basis.t().contiguous(), factor.contiguous(), layer.scale)
+    return Factors(factor.t().contiguous(), basis.contiguous(), layer.scale)
+
+
+def base_format(layers: Mapping[str, LoQTLinear]) -> tuple[WeightFormat, list[str]]:
+    """How W_q is stored so that nothing of it is lost, and what to say about it."""
+    stored = {(layer.spec_w.kind, layer.spec_w.double_quant) for layer in layers.values()}
+    dtype = next(iter(layers.values())).spec_w.dense_dtype
+    kind, double_quant = next(iter(stored))
+    if len(stored) == 1 and kind in ("nf4", "fp4"):
+        return WeightFormat(kind, double_quant, dtype), []
+    kinds = " and ".join(sorted({kind for kind, _ in stored}))
+    what = {"none": "are not quantized", "int4": "are int4, which transformers reads in no 4-bit format"}
+    why = what.get(kinds, f"are {kinds}, which transformers does not read in one model")
+    form = WeightFormat(None, dtype=dtype)
+    return form, [f"the base's weights {why}: it is written dense, in {form.label}, with the values they stand for"]
+
+
+def base_of(expected: Expected) -> Expected:
+    """The same model without P and B: W_q as it is stored, and everything that is trained in full."""
+    zeros = {
+        name: torch.zeros((), device=layer.B.device).expand(layer.factor_length, layer.rank)
+        for name, layer in expected.layers.items()
+    }
+    return replace(expected, factors=zeros)
+
+
+def unchanged(expected: Expected) -> list[LayerReport]:
+    """Of the matrices of a base that was there already."""
+    label = expected.weight_format.label
+    return [LayerReport(name, layer.spec_w.kind, label, "copied", 0.0) for name, layer in expected.layers.items()]
+
+
+# ------------------------------------------------------------------------------------------------- writing
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What an adapter holds beside P and B; all of it is in the base where the base is its own."""
+
+    modules: tuple[str, ...] = ()
+    """Modules that are saved whole."""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    """Their tensors, by name."""
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
+    """What is added to the base's bias (out,), by adapted layer."""
+
+
+def write_adapter(
+    directory: Path,
+    layers: Mapping[str, LoQTLinear],
+    factors: Mapping[str, Tensor],
+    model: nn.Module,
+    *,
+    base: Path,
+    base_files: Mapping[str, Mapping[str, Any]],
+    contents: Contents,
+) -> AdapterReport:
+    """Writes the adapter's three files into a new directory.
+
+    Args:
+        layers: all adapted layers by name.
+        factors: canonical (l, r) float32, for layers whose own B is not to be used.
+        base, base_files: the base's directory as it will be called, and its files of weights with their checksums.
+
+    Raises ExportError if a factor is not finite.
+    """
+    directory.mkdir()
+    tensors: dict[str, Tensor] = {}
+    shapes: dict[str, tuple[int, float]] = {}
+    for name, layer in layers.items():
+        made = lora_factors(layer, factors.get(name))
+        if not (torch.isfinite(made.a).all() and torch.isfinite(made.b).all()):
+            raise ExportError(f"P or B of {name} has values that are not finite; export an earlier checkpoint")
+        tensors |= {f"{name}.lora_A.weight": made.a, f"{name}.lora_B.weight": made.b}
+        if contents.biases:
+            offset = contents.biases.get(name, torch.zeros(layer.out_features))
+            tensors[f"{name}.lora_B.bias"] = offset.float().cpu() / made.scale
+        shapes[name] = (made.rank, made.scale)
+    tensors |= {name: tensor.detach().cpu() for name, tensor in contents.tensors.items()}
+    prefixed = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    file = write_safetensors(directory / WEIGHTS_FILE, prefixed, metadata={"format": "pt"})
+    config = _peft_config(model, shapes, contents, base)
+    write_json(directory / CONFIG_FILE, config)
+    write_json(directory / BASE_FILE, {"base": str(base), "files": {n: dict(e) for n, e in base_files.items()}})
+    return AdapterReport(
+        rank=config["r"],
+        target_modules=config["target_modules"],
+        modules_to_save=list(contents.modules),
+        num_bytes=file["bytes"],
+        base=str(base),
+    )
+
+
+def _peft_config(
+    model: nn.Module, shapes: Mapping[str, tuple[int, float]], contents: Contents, base: Path
+) -> dict[str, Any]:
+    """`adapter_config.json`; what it leaves out has PEFT's defaults."""
+    common_rank, common_scale = Counter(shapes.values()).most_common(1)[0][0]
+    others = {name: shape for name, shape in shapes.items() if shape != (common_rank, common_scale)}
+    return {
+        "peft_type": "LORA",
+        "task_type": _task_type(model),
+        "base_model_name_or_path": str(base),
+        "inference_mode": True,
+        "r": common_rank,
+        "lora_alpha": _alpha(common_rank, common_scale),
+        "rank_pattern": {name: rank for name, (rank, _) in others.items()},
+        "alpha_pattern": {name: _alpha(*shape) for name, shape in others.items()},
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "lora_bias": bool(contents.biases),
+        "use_rslora": False,
+        "fan_in_fan_out": False,
+        "target_modules": _target_modules(model, list(shapes)),
+        "modules_to_save": list(contents.modules) or None,
+    }
+
+
+def _alpha(rank: int, scale: float) -> float | int:
+    """PEFT divides it by the rank."""
+    alpha = scale * rank
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:
+    """Last parts of the names where these fit no other module, else an expression of all names."""
+    ends = sorted({name.rpartition(".")[2] for name in names})
+    wanted = set(names)
+    fits = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends}
+    if fits == wanted:
+        return ends
+    return "|".join(name.replace(".", r"\.") for name in names)
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """PEFT's name for what the model is for; None where it need not know."""
+    from transformers.models.auto import modeling_auto as auto
+
+    known = {
+        "CAUSAL_LM": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "SEQ_CLS": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "SEQ_2_SEQ_LM": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    }
+    for task, names in known.items():
+        if type(model).__name__ in names.values():
+            return task
+    return None
+
+
+# ------------------------------------------------------------------------------------------------- an existing base
+
+
+def stored_weights(directory: Path) -> writer.WrittenWeights:
+    """The files of weights of a model directory, hashed, and which tensor is in which.
+
+    Raises ExportError if there are none, or one is missing or damaged.
+    """
+    index = directory / writer.INDEX_FILE
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else []
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ExportError(f"{index} is no index of shards ({error!r}); copy it again") from error
+    files: dict[str, dict[str, Any]] = {}
+    weight_map: dict[str, str] = {}
+    for name in names or ["model.safetensors"]:
+        path = directory / name
+        try:
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            with safe_open(path, framework="pt") as opened:
+                weight_map |= dict.fromkeys(opened.keys(), name)
+        except FileNotFoundError as error:
+            raise ExportError(
+                f"{directory} has no {name}; give the directory of a base, as an export made it"
+            ) from error
+        except (OSError, SafetensorError) as error:
+            raise ExportError(f"{path} cannot be read ({error}); copy it again") from error
+        files[name] = {"bytes": path.stat().st_size, "sha256": digest}
+    return writer.WrittenWeights(files, weight_map)
+
+
+@torch.no_grad()
+def compare_base(base_dir: Path, expected: Expected, model: nn.Module) -> Contents:
+    """What the adapter of a model must hold over this base, beside P and B.
+
+    Raises ExportError if the base has other quantized weights, or other dense ones that an adapter cannot hold.
+    """
+    weights = stored_weights(base_dir)
+    stored = StoredTensors(base_dir, weights.weight_map)
+    for name, layer in expected.layers.items():
+        problem = _other_weight(stored, name, layer, expected.weight_format)
+        if problem:
+            raise ExportError(
+                f"--base={base_dir} is not the base of this run: {name} {problem}. Leave --base out to write a base of "
+                "its own; tasks share one where they are trained from the same model.path with loqt.schedule=never, "
+                "loqt.compensation_steps=1, and the same loqt.quantize_w, loqt.double_quant and train.dtype"
+            )
+    return Contents()
+
+
+def _other_weight(stored: StoredTensors, name: str, layer: LoQTLinear, weight_format: WeightFormat) -> str | None:
+    """How a matrix of the base differs from W_q of the layer; None where it does not."""
+    own, _ = pack_layer(name, layer, torch.zeros(layer.factor_length, layer.rank), weight_format)
+    theirs = stored.of_weight(name)
+    if own.keys() != theirs.keys():
+        return "is stored in another format"
+    for key, tensor in own.items():
+        if tensor.dtype != theirs[key].dtype or tensor.shape != theirs[key].shape:
+            return f"has another shape or dtype ({tuple(theirs[key].shape)}, {theirs[key].dtype})"
+        if not torch.equal(tensor, theirs[key]):
+            return "holds other values"
+    return None
+
+
+def check_base(adapter_dir: Path, base_dir: Path) -> None:
+    """Refuses an adapter over another base than the one that it was written for.
+
+    Raises ExportError, naming the difference and what would do. Adapters without `BASE_FILE` are not ours: whether
+    they fit, PEFT finds out.
+    """
+    file = adapter_dir / BASE_FILE
+    if not file.is_file():
+        return
+    try:
+        recorded = json.loads(file.read_text())
+        wanted = {name: entry["sha256"] for name, entry in recorded["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ExportError(f"{file} does not say which base the adapter is of ({error!r}); export it again") from error
+    found = {name: entry["sha256"] for name, entry in stored_weights(base_dir).files.items()}
+    if found == wanted:
+        return
+    different = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    raise ExportError(
+        f"the adapter {adapter_dir} belongs to another base than {base_dir}: {', '.join(different)} "
+        f"{'differs' if len(different) == 1 else 'differ'}. Give the base it was exported with "
+        f"({recorded.get('base')}), or export its run again with --format adapter --base {base_dir}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------- verification
+
+
+def load_adapter(base: nn.Module, adapter_dir: Path) -> nn.Module:
+    """PEFT's model of a loaded base, in eval mode.
+
+    Raises ExportError where PEFT is not installed or cannot load it.
+    """
+    peft = import_peft()
+    try:
+        model = peft.PeftModel.from_pretrained(base, str(adapter_dir))
+    except Exception as error:  # whatever PEFT raises, the adapter does not load
+        raise ExportError(f"PEFT cannot load the adapter {adapter_dir}: {type(error).__name__}: {error}") from error
+    return model.eval()
+
+
+def import_peft() -> Any:
+    """Raises ExportError, naming the extra, where PEFT is not installed."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ExportError(
+            "an adapter is read by PEFT, which is not installed: pip install 'loqt-ds[adapter]'"
+        ) from error
+    return peft
+
+
+@torch.no_grad()
+def verify_adapter(
+    base: nn.Module,
+    adapter_dir: Path,
+    model: nn.Module,
+    layers: Mapping[str, LoQTLinear],
+    factors: Mapping[str, Tensor],
+    inputs: Mapping[str, Tensor],
+    dtype: torch.dtype,
+) -> tuple[float, float]:
+    """Loads the adapter over the reloaded base as a stranger would, and compares it with the trained model.
+
+    Args:
+        base: as transformers loads it, on the device of the trained model; it is changed.
+        model: the trained one; it is left as it is.
+        inputs: for both models.
+        dtype: of the base.
+
+    Returns the largest relative difference of a layer's weight W + (alpha / r) B A, and that of the logits. Raises
+    ExportError, naming what differs, if one is too large.
+    """
+    reloaded = load_adapter(base, adapter_dir)
+    of_layers = _compare_layers(reloaded, layers, factors, dtype)
+    was_training = model.training
+    try:
+        wanted = model.eval()(**inputs).logits.float()
+    finally:
+        model.train(was_training)
+    actual = reloaded(**inputs).logits.float()
+    if not torch.isfinite(actual).all():
+        raise ExportError("base and adapter compute logits that are not finite")
+    of_logits = relative_difference(actual, wanted)
+    if of_logits > LOGITS_TOLERANCE[dtype]:
+        raise ExportError(
+            f"the logits of base and adapter differ by {of_logits:.1e} (relative) from those of the trained model, "
+            f"more than {LOGITS_TOLERANCE[dtype]}; the export is not usable with the installed PEFT"
+        )
+    return of_layers, of_logits
+
+
+def _compare_layers(
+    reloaded: nn.Module, layers: Mapping[str, LoQTLinear], factors: Mapping[str, Tensor], dtype: torch.dtype
+) -> float:
+    """The largest relative difference of W + (alpha / r) B A from W_q + s (P, B product)."""
+    own = {name.removeprefix("base_model.model."): m for name, m in reloaded.named_modules() if hasattr(m, "lora_A")}
+    if own.keys() != layers.keys():
+        raise ExportError(f"PEFT adapts other layers than were trained: {sorted(own.keys() ^ layers.keys())[0]} is one")
+    worst = 0.0
+    for name, layer in layers.items():
+        module: Any = own[name]
+        (adapter,) = module.scaling
+        a, b = module.lora_A[adapter].weight.float(), module.lora_B[adapter].weight.float()
+        actual = torch.addmm(_weight_of(module.base_layer), b, a, alpha=module.scaling[adapter])
+        factor = factors.get(name)
+        wanted = layer.effective_weight(factor if factor is None else factor.to(layer.B.device, torch.float32))
+        difference = relative_difference(actual, wanted)
+        if not difference <= _LAYER_TOLERANCE[dtype]:
+            raise ExportError(
+                f"{name} of base and adapter differs by {difference:.1e} (relative) from what was trained"
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+def _weight_of(module: Any) -> Tensor:
+    """The weight (out, in) float32 of a base's layer."""
+    from bitsandbytes.nn import Linear4bit
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, Linear4bit):
+        return table_lookup(module)
+    weight: Tensor = module.weight.detach().float()
+    return weight.t() if isinstance(module, Conv1D) else weight
