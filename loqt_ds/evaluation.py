@@ -1,56 +1,103 @@
-"""The loss of a batch and the loss over held-out documents, defined once for training, evaluation and export.
+"""The loss of a batch and the loss over held-out examples, defined once for training, evaluation and export.
 
 Perplexity here is exp(summed negative log-likelihood / number of predicted tokens). (The family of repositories this
 method comes from divides by one batch too many, which flatters it; ALGORITHM.md, "Results to stand beside".)
+
+Beside the loss there may be scores: of a model's outputs (`Scorer`: accuracy and its like), or of what it generates
+(`Evaluator.answers`: exact match).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from loqt_ds.data import ValidationSet
 from loqt_ds.method import head
 from loqt_ds.ranks import ALONE, Ranks
 
+Tick = Callable[[int, int], None]
+"""(done, of how many) of something that takes long."""
+
 
 def model_inputs(batch: dict[str, Tensor], device: torch.device) -> tuple[dict[str, Any], Tensor]:
-    """(arguments of the model's forward, targets (b, s)) of a batch of the data room, moved to the device."""
-    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    """(arguments of the model's forward, targets) of a batch of the data room, moved to the device. What begins with an
+    underscore is for scorers, not for the model."""
+    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items() if not name.startswith("_")}
     targets = moved.pop("targets")
     return moved | {"use_cache": False}, targets
 
 
 def num_predicted(batch: dict[str, Tensor]) -> int:
-    """How many tokens of a batch are predicted."""
+    """How many targets of a batch are predicted: tokens, or rows with a class or a number."""
     return int((batch["targets"] != head.IGNORED).sum())
 
 
 def summed_loss(model: Any, inputs: dict[str, Any], targets: Tensor) -> Tensor:
-    """Negative log-likelihood in nats, summed over predicted tokens, float32; of a model that `head.install` has
-    changed, or of an engine that has one."""
+    """The loss summed over targets, float32 (negative log-likelihood in nats, or squared error); of a model that
+    `head.install` has changed, or of an engine that has one."""
     loss: Tensor = model(**inputs, targets=targets)
     return loss
 
 
+class Scorer(Protocol):
+    """Gathers what scores of a model's outputs are made of; one object an evaluation and rank."""
+
+    def add(self, outputs: Any, batch: dict[str, Tensor]) -> None:
+        """Takes in the model's outputs (with `logits`) of a batch, which is on the CPU."""
+
+    def state(self) -> Any:
+        """What this rank has gathered, to be pickled; the scorer is empty afterwards."""
+
+    def result(self, states: Sequence[Any]) -> dict[str, float]:
+        """The scores by name, from the states of all ranks."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """loss: nats per predicted token. num_tokens: predicted tokens."""
+    """loss: per target (nats per predicted token or row, or squared error). num_tokens: targets. scores: by name, empty
+    where there are none. task: model.task."""
 
     loss: float
     num_tokens: int
+    scores: dict[str, float] = field(default_factory=dict, hash=False)
+    task: str = "causal_lm"
 
     @property
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700.0))
 
     def record(self) -> dict[str, Any]:
-        return {"loss": self.loss, "perplexity": self.perplexity, "num_tokens": self.num_tokens}
+        perplexity = {"perplexity": self.perplexity} if self._is_of_tokens else {}
+        return {"loss": self.loss, **perplexity, "num_tokens": self.num_tokens, **self.scores}
+
+    @property
+    def _is_of_tokens(self) -> bool:
+        return self.task in ("causal_lm", "masked_lm")
+
+    @property
+    def unit(self) -> str:
+        """What was predicted."""
+        return "tokens" if self._is_of_tokens else "rows"
+
+    def metric(self, name: str) -> float:
+        """The loss or a score. Raises ValueError, with the names there are, for another name."""
+        values = {"loss": self.loss, **self.scores}
+        if name not in values:
+            raise ValueError(f"eval.metric={name} is no score of this task; there are: {', '.join(values)}")
+        return values[name]
+
+    def describe(self) -> str:
+        """In one line, for people."""
+        perplexity = f", perplexity {self.perplexity:.2f}" if self._is_of_tokens else ""
+        scores = "".join(f", {name} {value:.4f}" for name, value in self.scores.items())
+        return f"validation loss {self.loss:.4f}{perplexity}{scores}"
 
 
 @torch.no_grad()
@@ -59,33 +106,70 @@ def evaluate(
     batches: Iterable[dict[str, Tensor]],
     device: torch.device,
     *,
+    task: str = "causal_lm",
+    scorer: Scorer | None = None,
     ranks: Ranks = ALONE,
     tick: Callable[[], None] | None = None,
 ) -> Evaluation:
-    """Loss per predicted token over all batches, in evaluation mode; the mode before is restored.
+    """Loss per target over all batches, and scores, in evaluation mode; the mode before is restored.
 
     Args:
-        model: a causal language model; one that `head.install` has not changed yet is changed.
+        model: one that `head.install` has not changed yet is changed, for `task`.
         batches: the same on all ranks; each takes its share of them. The result is the same on all.
+        scorer: sees the outputs of every batch.
         tick: called after each batch of this rank, for progress.
     """
     if not head.is_installed(model):
-        head.install(model)
+        head.install(model, task=task)
     was_training = model.training
     model.eval()
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0
     try:
         for batch in islice(batches, ranks.rank, None, ranks.world_size):
             inputs, targets = model_inputs(batch, device)
-            total += summed_loss(model, inputs, targets).double()
+            if scorer is None:
+                total += summed_loss(model, inputs, targets).double()
+            else:
+                del inputs["use_cache"]  # what is scored is no decoder's
+                outputs = model(**inputs)
+                total += head.loss_of_outputs(outputs, targets, task).double()
+                scorer.add(outputs, batch)
             count += num_predicted(batch)
             if tick is not None:
                 tick()
     finally:
         model.train(was_training)
     # Added up in the order of ranks by each of them: all get the same bits.
-    parts = ranks.gather_objects((float(total), count))
-    summed, count = sum(part for part, _ in parts), sum(part for _, part in parts)
+    parts = ranks.gather_objects((float(total), count, None if scorer is None else scorer.state()))
+    summed, count = sum(part for part, _, _ in parts), sum(part for _, part, _ in parts)
     if count == 0:
         raise ValueError("there is no token to evaluate on; give more validation text (data.validation_fraction)")
-    return Evaluation(summed / count, count)
+    scores = {} if scorer is None else scorer.result([state for _, _, state in parts])
+    return Evaluation(summed / count, count, scores, task)
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """How a run evaluates: the model in training and the one that was exported alike.
+
+    micro_batch_size: rows of a forward pass. max_tokens: as of `ValidationSet.batches`. scorer: makes one for each
+    evaluation. answers: scores of what the model generates, (model, ranks, tick) -> by name; collective.
+    """
+
+    validation: ValidationSet
+    micro_batch_size: int
+    device: torch.device
+    max_tokens: int | None = None
+    task: str = "causal_lm"
+    scorer: Callable[[], Scorer] | None = None
+    answers: Callable[[nn.Module, Ranks, Tick | None], dict[str, float]] | None = None
+
+    def __call__(self, model: nn.Module, *, ranks: Ranks = ALONE, tick: Tick | None = None) -> Evaluation:
+        """Of a model on the device. Collective; the same on all ranks. `tick` is for answers, which take long."""
+        batches = self.validation.batches(self.micro_batch_size, self.max_tokens)
+        scorer = None if self.scorer is None else self.scorer()
+        result = evaluate(model, batches, self.device, task=self.task, scorer=scorer, ranks=ranks)
+        if self.answers is None:
+            return result
+        scores = self.answers(model, ranks, tick)
+        return replace(result, scores=result.scores | scores)

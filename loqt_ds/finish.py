@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from loqt_ds.core.quantization import BUFFERS
 from loqt_ds.data import Tokenizer
-from loqt_ds.evaluation import Evaluation, evaluate
+from loqt_ds.evaluation import Evaluation
 from loqt_ds.export import export_model, load_export
 from loqt_ds.memory import plan
 from loqt_ds.method.conversion import loqt_layers
@@ -50,13 +50,13 @@ def finish(run: Run, trained: Evaluation, finished: Finished, *, say: Say) -> No
     """Exports, evaluates what transformers loads back, prints both perplexities and continuations, points onward. On
     rank 0."""
     config = run.config
-    frequencies = run.data.summary["unigram_loss"]
     say("")
-    say(f"trained model:   validation loss {trained.loss:.4f}, perplexity {trained.perplexity:.2f}")
+    say(f"trained model:   {trained.describe()}")
     sampled = run.engine.network
     if config.export.format != "none":
         sampled = _export(run, trained, finished, say)
-    say(f"token frequencies alone: loss {frequencies:.4f}, perplexity {math.exp(frequencies):.2f}")
+    if (frequencies := run.data.summary.get("unigram_loss")) is not None:
+        say(f"token frequencies alone: loss {frequencies:.4f}, perplexity {math.exp(frequencies):.2f}")
     if config.eval.num_samples:
         _say_samples(run, sampled, say)
     _say_onward(run, say)
@@ -92,7 +92,7 @@ def _export_directory(run: Run) -> Path | None:
     output = run.directory / "export"
     if output.exists():
         output = run.directory / f"export-step_{run.engine.step_index}"
-    if output.exists() or (output.name != "export" and run.resumed_step == run.engine.step_index):
+    if output.exists() or (output.name != "export" and not run.trainer.num_steps_taken):
         return None
     return output
 
@@ -119,10 +119,7 @@ def _export(run: Run, trained: Evaluation, finished: Finished, say: Say) -> nn.M
     )
     device = run.engine.device
     reloaded = load_export(report.output_dir, device=str(device))
-    batches = run.data.validation.batches(
-        config.eval.micro_batch_size or config.train.micro_batch_size, config.eval.max_tokens
-    )
-    result = evaluate(reloaded, batches, device)
+    result = run.evaluator(reloaded)
     run.logger.event(
         "export",
         {
@@ -130,12 +127,12 @@ def _export(run: Run, trained: Evaluation, finished: Finished, say: Say) -> nn.M
             "path": str(report.output_dir),
             "format": config.export.format,
             "num_bytes": report.num_bytes,
-            "perplexity_trained": trained.perplexity,
+            **{f"{name}_trained": value for name, value in trained.record().items() if name != "num_tokens"},
             **result.record(),
         },
     )
     say(
-        f"exported model:  validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f} "
+        f"exported model:  {result.describe()} "
         f"({config.export.format}, {report.num_bytes / 2**20:.1f} MiB, as transformers loads it)"
     )
     return reloaded

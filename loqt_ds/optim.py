@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,6 +62,16 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[ParameterGrou
         for kind, parameters in kinds.items()
         if parameters
     ]
+
+
+def freeze_full_rank(model: nn.Module, *, but: Collection[str] = ()) -> int:
+    """Lets everything but the B of each layer, and the parameters named in `but`, stay as it is
+    (optim.train_full_rank=false). Returns how many numbers are frozen."""
+    kept = {f"{name}.B" if name else "B" for name in loqt_layers(model)} | set(but)
+    frozen = [parameter for name, parameter in model.named_parameters() if name not in kept and parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return sum(parameter.numel() for parameter in frozen)
 
 
 def build_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
@@ -129,7 +139,7 @@ class LearningRates:
         self._full_rank = optim.lr if optim.lr_full_rank is None else optim.lr_full_rank
         self._schedule = LRSchedule(
             kind=optim.schedule,
-            max_steps=config.train.max_steps,
+            max_steps=config.num_steps,
             warmup_steps=config.num_warmup_steps,
             min_ratio=optim.min_lr_ratio,
             rewarmup_steps=optim.rewarmup_steps,

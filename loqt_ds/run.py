@@ -11,11 +11,13 @@ limit: a corpus may take hours.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from loqt_ds.checkpoint import Checkpoint, CheckpointError, load_checkpoint
-from loqt_ds.config import Config, ConfigError, describe_model
+from loqt_ds.config import Config, ConfigError, check_steps, describe_model
 from loqt_ds.data import DataBundle, Tokenizer, build_data, load_or_train_tokenizer
 from loqt_ds.engines.base import Engine
 from loqt_ds.engines.single import SingleEngine
+from loqt_ds.evaluation import Evaluator
 from loqt_ds.failures import Voice
 from loqt_ds.memory import Asker, check_fits, device_bytes, needs_lean, zero_of
 from loqt_ds.method import compiled, head, lean
@@ -41,7 +44,7 @@ from loqt_ds.method.conversion import (
 )
 from loqt_ds.method.description import model_description, training_dtype
 from loqt_ds.metrics import MetricsLogger
-from loqt_ds.optim import parameter_groups
+from loqt_ds.optim import freeze_full_rank, parameter_groups
 from loqt_ds.ranks import Ranks
 from loqt_ds.rundir import (
     Lock,
@@ -70,6 +73,7 @@ class Run:
     data: DataBundle
     engine: Engine
     model_config: Any
+    evaluator: Evaluator
     logger: MetricsLogger
     trainer: Trainer
     lock: Lock | None  # of rank 0; held while the run lasts
@@ -116,10 +120,13 @@ def prepare(
         compare_model(checkpoint, model_config)
         data.train.load_state_dict(checkpoint.metadata["data"])  # refuses other data, before anything is loaded
 
+    as_given = config
+    config = ranks.attempt(lambda: resolve_steps(config, data, ranks.world_size, checkpoint, say=say))
+
     directory, lock = _claim(config, chosen, ranks)
     voice.directory = directory
     if ranks.is_main:
-        write_options(config, directory, ds_options)
+        write_options(as_given, directory, ds_options)
         tokenizer.save(directory / "tokenizer", say=say)
     say(f"run directory: {directory}")
     torch.manual_seed(config.train.seed)
@@ -129,17 +136,19 @@ def prepare(
         torch.manual_seed(config.train.seed + ranks.rank)  # what a model drops out is another thing on each rank
     logger = MetricsLogger(
         directory,
-        max_steps=config.train.max_steps,
+        max_steps=config.num_steps,
         every=config.logging.every,
         tensorboard=config.logging.tensorboard,
         progress=config.logging.progress,
         is_main=ranks.is_main,
         resumed_step=None if checkpoint is None else checkpoint.step,
     )
+    evaluator = build_evaluator(config, tokenizer, data, device)
     trainer = Trainer(
         config,
         engine,
         data,
+        evaluator,
         logger,
         checkpoints=directory / "checkpoints",
         extra_metadata={"model_config": model_config.to_dict(), "ds_config": ds_options},
@@ -151,7 +160,7 @@ def prepare(
         trainer.restore(checkpoint)
         say(f"going on from {checkpoint.path} (step {checkpoint.step})")
     resumed_step = None if checkpoint is None else checkpoint.step
-    return Run(config, directory, tokenizer, data, engine, model_config, logger, trainer, lock, resumed_step)
+    return Run(config, directory, tokenizer, data, engine, model_config, evaluator, logger, trainer, lock, resumed_step)
 
 
 def _silent(_: str) -> None:
@@ -233,6 +242,45 @@ def _claim(config: Config, chosen: Path | None, ranks: Ranks) -> tuple[Path, Loc
 
     ranks.attempt(look)
     return directory, lock
+
+
+# ---------------------------------------------------------------- steps and evaluation
+
+
+def resolve_steps(
+    config: Config, data: DataBundle, world_size: int, checkpoint: Checkpoint | None, *, say: Say
+) -> Config:
+    """The configuration with epochs as steps: train.max_steps instead of train.epochs, eval.every as a number."""
+    train = config.train
+    if train.epochs is None and config.eval.every != "epoch":
+        return config
+    num_rows = int(data.summary["num_rows"])
+    rows_of_step = train.micro_batch_size * train.gradient_accumulation_steps * world_size
+    if train.epochs is not None:
+        # Of a decimal number as it was written: .1 of 10 rows is one row, not a row and a bit.
+        num_steps = max(1, math.ceil(Fraction(str(train.epochs)) * num_rows / rows_of_step))
+        say(f"train.epochs={train.epochs:g}: {num_steps} steps of {rows_of_step} of the {num_rows} rows")
+        before = num_steps if checkpoint is None else checkpoint.metadata["config"]["train"]["max_steps"]
+        if before != num_steps:
+            say(f"{before} steps were planned and are {num_steps}: the learning rate follows the new length")
+        config = dataclasses.replace(config, train=dataclasses.replace(train, max_steps=num_steps, epochs=None))
+    if config.eval.every == "epoch":
+        every = -(-num_rows // rows_of_step)
+        say(f"eval.every=epoch: every {every} steps")
+        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=every))
+    check_steps(config)
+    return config
+
+
+def build_evaluator(config: Config, tokenizer: Tokenizer, data: DataBundle, device: torch.device) -> Evaluator:
+    """How this run evaluates."""
+    return Evaluator(
+        data.validation,
+        config.eval.micro_batch_size or config.train.micro_batch_size,
+        device,
+        config.eval.max_tokens,
+        scorer=data.scorer,
+    )
 
 
 # ---------------------------------------------------------------- device and dtype
@@ -435,6 +483,8 @@ def load_model(
         say(loss.describe())
     if config.train.compile:
         say(f"torch.compile: {compiled.install(model)} blocks, compiled in the first steps")
+    if not config.optim.train_full_rank:
+        say(f"frozen parameters: {freeze_full_rank(model):,}")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"trained parameters: {trained:,}; adapted weights in {config.loqt.quantize_w}")
     return model, original

@@ -208,7 +208,9 @@ def compare_options(
         before, now = saved.get(name), given.get(name)
         if before == now or name in _BATCH or (name.startswith(_FREE_ON_RESUME) and name not in strict):
             continue
-        if name == "train.max_steps":
+        if name in ("train.max_steps", "train.epochs"):
+            if config.train.epochs is not None or name == "train.epochs":
+                continue  # steps are known, and compared, when the rows have been counted
             say(f"train.max_steps was {before} and is {now}: the learning rate follows the new length")
             continue
         raise CheckpointError(

@@ -11,21 +11,24 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from loqt_ds.checkpoint import Checkpoint, save_checkpoint
+from loqt_ds.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from loqt_ds.config import Config
 from loqt_ds.data import DataBundle, StepBatches
 from loqt_ds.engines.base import Engine, StepReport
-from loqt_ds.evaluation import Evaluation, evaluate, model_inputs, num_predicted, summed_loss
+from loqt_ds.evaluation import Evaluation, Evaluator, model_inputs, num_predicted, summed_loss
 from loqt_ds.metrics import MetricsLogger
+from loqt_ds.selection import Selection
 from loqt_ds.stopping import REASONS, Interrupted, StopRequests, signal_of
 
 MAX_SKIPPED_IN_A_ROW = 10
+TICK_SECONDS = 20.0  # between two words on an evaluation that takes long
 
 
 class TrainingFailed(RuntimeError):
@@ -33,14 +36,15 @@ class TrainingFailed(RuntimeError):
 
 
 class Trainer:
-    """Runs `train.max_steps` optimizer steps.
+    """Runs `config.num_steps` optimizer steps, or fewer where eval.patience says so.
 
     Args:
-        config: the whole configuration.
+        config: the whole configuration, with epochs resolved to steps.
         engine: takes the steps.
-        data: batches, validation set.
+        data: batches.
+        evaluator: evaluates the engine's network.
         logger: metrics and progress.
-        checkpoints: the directory of checkpoints.
+        checkpoints: the directory of checkpoints; the best one's, with checkpoint.best, is `best` beside it.
         extra_metadata: JSON saved with each checkpoint (the model's configuration).
         directories: folders saved with each checkpoint (the tokenizer).
     """
@@ -50,18 +54,23 @@ class Trainer:
         config: Config,
         engine: Engine,
         data: DataBundle,
+        evaluator: Evaluator,
         logger: MetricsLogger,
         *,
         checkpoints: Path,
         extra_metadata: dict[str, Any],
         directories: dict[str, Path],
     ) -> None:
-        self._config, self._engine, self._data, self._logger = config, engine, data, logger
+        self._config, self._engine, self._evaluator, self._logger = config, engine, evaluator, logger
         self._ranks = engine.ranks
         self._checkpoints, self._extra, self._directories = checkpoints, extra_metadata, directories
+        self._best = checkpoints.parent / "best"
+        self._selection = Selection(config.eval.metric, patience=config.eval.patience)
         self._batches = StepBatches(
             data.train, num_micro_batches=config.train.gradient_accumulation_steps, device=engine.device
         )
+        self.num_steps_taken = 0
+        """Steps since this process began."""
         self._num_tokens = 0  # predicted tokens so far, over all ranks
         self._num_skipped, self._skipped_in_a_row = 0, 0
         self._last_checkpoint: Path | None = None
@@ -79,33 +88,46 @@ class Trainer:
         self._num_skipped = int(checkpoint.metadata["num_skipped"])
         self._skipped_in_a_row = int(checkpoint.metadata["skipped_in_a_row"])
         self._last_checkpoint = checkpoint.path
+        if (selection := checkpoint.metadata.get("selection")) is not None:
+            self._selection.load_state_dict(selection)
+            if self._config.checkpoint.best:
+                self._find_best()
 
     def fit(self) -> Evaluation:
-        """Trains to the last step; returns the final evaluation, the same on all ranks.
+        """Trains to the last step, or until eval.patience is over; returns the final evaluation, the same on all ranks.
+        With checkpoint.best the model is then that of the best evaluation, and it is that one which is returned.
 
         Raises TrainingFailed after ten skipped steps in a row, if a checkpoint cannot be written, or if there is no
         batch for a step; Interrupted after SIGTERM or SIGINT; PeerFailed if another rank fails.
         """
-        config = self._config
+        config, num_steps = self._config, self._config.num_steps
+        every = config.eval.every
+        assert not isinstance(every, str), "epochs are resolved to steps before"
         evaluated: Evaluation | None = None
         with StopRequests() as requests, closing(self._batches):
-            if self._last_checkpoint is None:
-                self._save()
             self._window = _Window()
-            while (step := self._engine.step_index) < config.train.max_steps:
+            if self._last_checkpoint is None:
+                if every and config.model.path is not None:
+                    self._evaluate()  # what training starts from
+                self._save()
+            while (step := self._engine.step_index) < num_steps and not self._selection.is_over:
                 batches, num_tokens = self._begin_step(requests)
                 report, loss = self._train_step(batches, num_tokens)
                 done = step + 1
                 self._record(report, loss, num_tokens)
                 evaluated = None
-                if config.eval.every and done % config.eval.every == 0:
-                    evaluated = self._evaluate()
+                if every and done % every == 0:
+                    evaluated = self._evaluate_and_select()
                 self._stop_if_hopeless()
                 self._save_is_due |= done % config.checkpoint.every == 0
+                is_last = done == num_steps or self._selection.is_over
                 # What a skipped step leaves may be a spoiled model: it must not push out the checkpoints before it.
-                if done == config.train.max_steps or (self._save_is_due and not self._skipped_in_a_row):
+                if is_last or (self._save_is_due and not self._skipped_in_a_row):
                     self._save()
-            return evaluated or self._evaluate()
+            if evaluated is None:
+                evaluated = self._evaluate_and_select()
+            self._say_early_stop(num_steps)
+            return self._return_to_best(evaluated) if config.checkpoint.best else evaluated
 
     def _begin_step(self, requests: StopRequests) -> tuple[list[dict[str, torch.Tensor]], int]:
         """The micro-batches of this rank, and the number of predicted tokens of all ranks.
@@ -116,7 +138,7 @@ class Trainer:
         batches: list[dict[str, torch.Tensor]] = []
         problem: Exception | None = None
         try:
-            batches = self._batches.take(is_last=self._engine.step_index + 1 >= self._config.train.max_steps)
+            batches = self._batches.take(is_last=self._engine.step_index + 1 >= self._config.num_steps)
         except Exception as error:
             problem = self._no_batch(error)
         own_tokens = sum(num_predicted(batch) for batch in batches)
@@ -163,6 +185,7 @@ class Trainer:
 
     def _record(self, report: StepReport, loss: HostNumber, num_tokens: int) -> None:
         done = report.step + 1
+        self.num_steps_taken += 1
         self._num_tokens += num_tokens
         self._window.add(num_tokens)
         if not report.applied:
@@ -198,25 +221,88 @@ class Trainer:
 
     def _evaluate(self) -> Evaluation:
         with self._window.paused():
-            options = self._config.eval
-            batches = self._data.validation.batches(
-                options.micro_batch_size or self._config.train.micro_batch_size, options.max_tokens
-            )
-            result = evaluate(self._engine.network, batches, self._engine.device, ranks=self._ranks)
+            result = self._evaluator(self._engine.network, ranks=self._ranks, tick=self._ticker())
             step = self._engine.step_index
             self._logger.event("eval", {"step": step, **result.record()})
-            self._logger.say(
-                f"step {step}: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f} "
-                f"({result.num_tokens:,} tokens)"
-            )
+            self._logger.say(f"step {step}: {result.describe()} ({result.num_tokens:,} {result.unit})")
         return result
+
+    def _ticker(self) -> Callable[[int, int], None]:
+        """Says now and then how far an evaluation is that takes long."""
+        said = time.monotonic()
+
+        def tick(done: int, total: int) -> None:
+            nonlocal said
+            if time.monotonic() - said > TICK_SECONDS:
+                said = time.monotonic()
+                self._logger.say(f"evaluating: {done} of {total} answers")
+
+        return tick
+
+    def _evaluate_and_select(self) -> Evaluation:
+        """An evaluation among which the best is looked for; saves that, with checkpoint.best."""
+        result = self._evaluate()
+        if self._selection.add(result, self._engine.step_index) and self._config.checkpoint.best:
+            self._save(root=self._best)
+        return result
+
+    # ---------------------------------------------------------------- the best model
+
+    def _say_early_stop(self, num_steps: int) -> None:
+        if not self._selection.is_over or self._engine.step_index >= num_steps:
+            return
+        step, since = self._engine.step_index, self._selection.num_since
+        self._logger.event("early_stop", {"step": step, "evaluations_since_best": since})
+        self._logger.say(
+            f"stopped early after step {step} of {num_steps}: {since} evaluations in a row without a better "
+            f"{self._selection.metric} (eval.patience); {self._selection.describe_best()}"
+        )
+
+    def _find_best(self) -> None:
+        """Makes sure that the best checkpoint that the one gone on from speaks of is there. Collective.
+
+        A longer run goes on from before the last evaluation of a shorter one, which may have been the best; and a run
+        in another directory has left its best one behind.
+        """
+        selection = self._selection
+        known = None if selection.best_step is None else self._best / f"step_{selection.best_step}"
+
+        def look() -> dict[str, Any] | None:
+            if known is None or known.is_dir():
+                return selection.state_dict()
+            path = find_checkpoint(self._best, "auto", say=self._logger.say, option="checkpoint.best")
+            return None if path is None else load_checkpoint(path, verify=False).metadata["selection"]
+
+        state = self._ranks.on_main(look) or {"metric": selection.metric, "best": None, "best_step": None}
+        if state["best_step"] != selection.best_step:
+            selection.load_state_dict(state | {"num_since": selection.num_since})
+            there = "" if selection.best is None else f" ({selection.describe_best()})"
+            self._logger.say(f"{known} is not there: the best checkpoint is looked for from here on{there}")
+
+    def _return_to_best(self, evaluated: Evaluation) -> Evaluation:
+        """Gives the engine back the model of the best evaluation; returns that evaluation. Collective."""
+        selection = self._selection
+        if selection.best is None or selection.best_step == self._engine.step_index:
+            return evaluated
+        path = self._best / f"step_{selection.best_step}"
+        try:
+            checkpoint = self._ranks.attempt(lambda: load_checkpoint(path, verify=False))
+            self._engine.restore(checkpoint)
+        except (OSError, ValueError) as error:
+            raise TrainingFailed(
+                f"training is done, but the best checkpoint cannot be read back ({error}); export another one with "
+                f"tools/export.py. {self.last_checkpoint()}"
+            ) from error
+        self._logger.event("best", {"step": selection.best_step, "path": str(path), **selection.best.record()})
+        self._logger.say(f"back to the {selection.describe_best()} ({path})")
+        return selection.best
 
     # ---------------------------------------------------------------- saving and stopping
 
-    def _save(self, position: dict[str, Any] | None = None) -> None:
-        """Writes a checkpoint; `position` is that of the data, where batches after it have been taken already."""
-        window = getattr(self, "_window", None) or _Window()
-        with window.paused():
+    def _save(self, position: dict[str, Any] | None = None, *, root: Path | None = None) -> None:
+        """Writes a checkpoint; `position` is that of the data, where batches after it have been taken already. With
+        `root` (of the best one) it is the only one kept there, and not one to go on from."""
+        with self._window.paused():
             self._logger.flush()
             step = self._engine.step_index
             metadata = self._extra | {
@@ -227,23 +313,25 @@ class Trainer:
                 "num_tokens": self._num_tokens,
                 "num_skipped": self._num_skipped,
                 "skipped_in_a_row": self._skipped_in_a_row,
+                "selection": self._selection.state_dict(),
             }
             try:
                 path = save_checkpoint(
-                    self._checkpoints,
+                    root or self._checkpoints,
                     step,
                     tensors=self._engine.saved_tensors(),
                     metadata=metadata,
                     directories=self._directories,
-                    keep=self._config.checkpoint.keep,
+                    keep=self._config.checkpoint.keep if root is None else 1,
                     ranks=self._ranks,
                 )
             except (OSError, ValueError) as error:
                 raise TrainingFailed(
                     f"the checkpoint of step {step} could not be written: {error}. {self.last_checkpoint()}"
                 ) from error
-            self._last_checkpoint, self._saved_step, self._save_is_due = path, step, False
-            self._logger.event("checkpoint", {"step": step, "path": str(path)})
+            if root is None:
+                self._last_checkpoint, self._saved_step, self._save_is_due = path, step, False
+            self._logger.event("checkpoint" if root is None else "best_checkpoint", {"step": step, "path": str(path)})
 
     def last_checkpoint(self) -> str:
         """A sentence on where to go on from."""

@@ -35,7 +35,7 @@ from loqt_ds.config.parsing import (
     resolve_paths,
     save_yaml,
 )
-from loqt_ds.config.validation import describe_model, validate, validate_training
+from loqt_ds.config.validation import check_steps, describe_model, validate, validate_training
 
 __all__ = [
     "CheckpointConfig",
@@ -50,6 +50,7 @@ __all__ = [
     "OptimConfig",
     "TrainConfig",
     "apply_overrides",
+    "check_steps",
     "describe_model",
     "find_config_file",
     "from_dict",

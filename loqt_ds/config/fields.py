@@ -103,6 +103,9 @@ class LoQTConfig:
 class DataConfig:
     """Text and how it becomes batches. Neither path nor name: the Python standard library's own source."""
 
+    format: Literal["text", "instruction", "classification"] = "text"
+    """What a document is: text; instruction, a prompt and its response (loss on the response only); classification, one
+    or two texts and a label."""
     path: str | list[str] | None = None
     """Local .txt, .jsonl or .parquet files, compressed or not: a file, a directory, a glob, or a list of these."""
     name: str | None = None
@@ -138,6 +141,19 @@ class DataConfig:
     """Where tokenizers and tokenized corpora are kept; null: $LOQT_CACHE, or ~/.cache/loqt_ds."""
     shuffle: bool = True
     """Shuffle rows in every epoch by a permutation drawn from train.seed."""
+    prompt_field: str = "prompt"
+    """Field that holds the prompt, with data.format=instruction."""
+    response_field: str = "response"
+    """Field that holds the response, with data.format=instruction."""
+    messages_field: str | None = None
+    """Field that holds a conversation, a list of {role, content}, instead of prompt and response: it is written out by
+    the tokenizer's chat template, or data.chat_template, and every assistant's message is a response."""
+    prompt_template: str | None = None
+    """What a prompt is written into, with {prompt} for it, such as "Question: {prompt}\\nAnswer: "; null: the prompt as
+    it is, or, with data.chat_template, as a user's message."""
+    chat_template: str | None = None
+    """File of a Jinja chat template, instead of the tokenizer's own; prompt and response are then a user's and an
+    assistant's message."""
 
 
 @dataclass
@@ -151,6 +167,9 @@ class OptimConfig:
     lr_full_rank: float | None = None
     """Peak learning rate of parameters trained in full (embeddings, norms, head, biases); null: optim.lr, as the
     paper."""
+    train_full_rank: bool = True
+    """Train embeddings, norms, head and biases in full; false: they stay as they are and B alone is trained, as for an
+    adapter. What a checkpoint does not have (a classification head, its pooler) is trained all the same."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     """Decay rates of Adam's first and second moment."""
     eps: float = 1e-8
@@ -169,9 +188,9 @@ class OptimConfig:
     schedule: Literal["cosine", "linear", "constant", "cosine_rewarmup"] = "cosine"
     """Learning rate after warm-up; cosine_rewarmup also ramps from zero after each re-initialization."""
     warmup_steps: int | None = None
-    """Steps of linear warm-up; null: optim.warmup_ratio of train.max_steps."""
+    """Steps of linear warm-up; null: optim.warmup_ratio of all steps."""
     warmup_ratio: float = 0.1
-    """Share of train.max_steps that is warm-up, where optim.warmup_steps is null."""
+    """Share of all steps that is warm-up, where optim.warmup_steps is null."""
     min_lr_ratio: float = 0.1
     """Learning rate at the last step as a share of the peak."""
     rewarmup_steps: int = 10
@@ -182,8 +201,11 @@ class OptimConfig:
 class TrainConfig:
     """The loop."""
 
-    max_steps: int = 1000
-    """Optimizer steps."""
+    max_steps: int | None = 1000
+    """Optimizer steps; null where train.epochs is given."""
+    epochs: float | None = None
+    """Passes over the training rows, instead of train.max_steps: as many steps as see every row that often, rounded
+    up."""
     micro_batch_size: int = 16
     """Rows in one forward pass of one device."""
     gradient_accumulation_steps: int = 1
@@ -221,8 +243,19 @@ class TrainConfig:
 class EvalConfig:
     """Evaluation on held-out documents."""
 
-    every: int = 100
-    """Steps between evaluations; 0: only at the end."""
+    every: int | Literal["epoch"] = 100
+    """Steps between evaluations; epoch: after each pass over the training rows; 0: only at the end. Where training
+    starts from model.path, there is one before its first step, too."""
+    metric: Literal["loss", "exact_match", "accuracy", "f1", "matthews", "pearson", "spearman", "glue"] = "loss"
+    """What checkpoint.best and eval.patience go by: the loss; exact_match, the share of held-out prompts whose answer
+    has the reference's final number, after #### as in GSM8K; or a score of the task, with data.format=classification.
+    Less is better for the loss, more for all others."""
+    patience: int | None = None
+    """Stop after this many evaluations without a better eval.metric; null: train to the end."""
+    max_examples: int | None = None
+    """Held-out prompts that are answered for eval.metric=exact_match, the first ones; null: all."""
+    max_new_tokens: int = 256
+    """Tokens of an answer, at most, for eval.metric=exact_match."""
     max_tokens: int | None = None
     """Predicted tokens of an evaluation; null: all held-out documents."""
     micro_batch_size: int | None = None
@@ -241,6 +274,9 @@ class CheckpointConfig:
     """Steps between checkpoints; one is always written at step 0 and at the end."""
     keep: int = 2
     """Newest checkpoints that are kept; 0: all."""
+    best: bool = False
+    """Keep the checkpoint with the best eval.metric in the run's directory best/, beside the newest ones, and go back
+    to it for the export."""
     resume: str = "none"
     """none: a fresh run; auto: go on from the newest good checkpoint of the run directory, or start where it has none;
     else the path of a checkpoint."""
@@ -286,12 +322,18 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
 
     @property
+    def num_steps(self) -> int:
+        """train.max_steps; of a configuration with train.epochs only once its rows are counted (run.resolve_steps)."""
+        if self.train.max_steps is None:
+            raise ValueError(f"train.epochs={self.train.epochs} is not a number of steps before the rows are counted")
+        return self.train.max_steps
+
+    @property
     def num_warmup_steps(self) -> int:
-        """Warm-up in steps: optim.warmup_steps, or optim.warmup_ratio of train.max_steps rounded to the nearest
-        step."""
+        """Warm-up in steps: optim.warmup_steps, or optim.warmup_ratio of all steps rounded to the nearest step."""
         if self.optim.warmup_steps is not None:
             return self.optim.warmup_steps
-        return round(self.optim.warmup_ratio * self.train.max_steps)
+        return round(self.optim.warmup_ratio * self.num_steps)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionary of every field, in the order of declaration."""

@@ -291,6 +291,7 @@ def resolve_paths(config: Config) -> Config:
     data.validation_path = _absolute(data.validation_path, only_existing=False)
     data.name = _absolute(data.name, only_existing=True)
     data.tokenizer = _absolute(data.tokenizer, only_existing=not str(data.tokenizer).endswith(".model"))
+    data.chat_template = _absolute(data.chat_template, only_existing=False)
     data.cache_dir = _absolute(data.cache_dir, only_existing=False)
     config.output_dir = _absolute(config.output_dir, only_existing=False)
     if config.checkpoint.resume not in ("none", "auto"):

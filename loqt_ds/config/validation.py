@@ -53,6 +53,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optim.min_lr_ratio": _share,
     "optim.rewarmup_steps": _positive,
     "train.max_steps": _positive,
+    "train.epochs": (lambda value: value > 0, "above 0, or null for train.max_steps"),
     "train.micro_batch_size": _positive,
     "train.gradient_accumulation_steps": _positive,
     "train.seed": (lambda value: 0 <= value < 2**32, "from 0 to 4294967295"),
@@ -61,7 +62,10 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "train.memory_limit_gib": (lambda value: value > 0, "above 0, or null for the whole device"),
     "train.device": (lambda value: bool(re.fullmatch(r"auto|cpu|cuda(:\d+)?", value)), "auto, cpu, cuda, or cuda:N"),
     "train.collective_timeout_seconds": _positive,
-    "eval.every": _not_negative,
+    "eval.every": (lambda value: value == "epoch" or value >= 0, "at least 0, or epoch"),
+    "eval.patience": (lambda value: value >= 1, "at least 1, or null to train to the end"),
+    "eval.max_examples": (lambda value: value >= 1, "at least 1, or null for all held-out prompts"),
+    "eval.max_new_tokens": _positive,
     "eval.max_tokens": (lambda value: value >= 1, "at least 1, or null for all held-out documents"),
     "eval.micro_batch_size": _positive,
     "eval.num_samples": _not_negative,
@@ -93,7 +97,9 @@ def validate(config: Config) -> None:
     _check_model(config)
     _check_loqt(config)
     _check_data(config)
+    _check_examples(config)
     _check_optim(config)
+    check_steps(config)
     _check_run(config)
     _check_inactive(config)
     _check_description(config)
@@ -105,6 +111,7 @@ def validate_training(config: Config) -> None:
     _check_ranges(config)
     _check_loqt(config)
     _check_optim(config)
+    check_steps(config)
     _check_inactive(config)
 
 
@@ -221,15 +228,42 @@ def _check_data(config: Config) -> None:
         )
 
 
+def _check_examples(config: Config) -> None:
+    """Data sets of examples: prompts and responses, or texts and labels."""
+    data, metric = config.data, config.eval.metric
+    if metric != "loss":
+        needed = "instruction" if metric == "exact_match" else "classification"
+        if data.format != needed:
+            raise ConfigError(
+                f"eval.metric={metric} needs data.format={needed}, but data.format={data.format}; use eval.metric=loss"
+            )
+    if data.format == "text":
+        return
+    if data.path is None and data.name is None:
+        raise ConfigError(
+            f"data.format={data.format} needs a data set of examples, but data.path=null and data.name=null; give one"
+        )
+    if data.tokenizer is None and config.model.path is None:
+        raise ConfigError(
+            f"data.format={data.format} with data.tokenizer=null: a tokenizer is trained from text only; give "
+            "data.tokenizer, or model.path, whose tokenizer is then used"
+        )
+    for option, value in (("streaming", data.streaming), ("mask_documents", data.mask_documents)):
+        if value:
+            raise ConfigError(
+                f"data.{option}=true with data.format={data.format}: every row is one example of a data set that is "
+                f"read as a whole; set data.{option}=false"
+            )
+    if data.prompt_template is not None and "{prompt}" not in data.prompt_template:
+        raise ConfigError(
+            f"data.prompt_template={data.prompt_template!r} has no place for the prompt; write {{prompt}} where it goes"
+        )
+
+
 def _check_optim(config: Config) -> None:
     optim, train = config.optim, config.train
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
         raise ConfigError(f"optim.betas={optim.betas} is out of range; give two numbers of at least 0 and below 1")
-    if config.num_warmup_steps > train.max_steps:
-        raise ConfigError(
-            f"optim.warmup_steps={optim.warmup_steps} is more than train.max_steps={train.max_steps}; use at most "
-            f"{train.max_steps}"
-        )
     if optim.layerwise and train.max_grad_norm is not None:
         raise ConfigError(
             "optim.layerwise=true updates inside the backward pass, before the norm of all gradients is known, so "
@@ -262,6 +296,38 @@ def _check_optim(config: Config) -> None:
             )
 
 
+def check_steps(config: Config) -> None:
+    """How long the run is, how often it is evaluated, and what follows from that; again, once epochs are steps."""
+    train, evaluation = config.train, config.eval
+    if train.max_steps is None and train.epochs is None:
+        raise ConfigError("train.max_steps=null and train.epochs=null: how long is not said; give one of them")
+    if train.max_steps is not None and train.epochs is not None:
+        raise ConfigError(
+            f"train.max_steps={train.max_steps} and train.epochs={train.epochs:g} exclude one another; set "
+            "train.max_steps=null to train for epochs, or train.epochs=null"
+        )
+    if config.data.streaming and (train.epochs is not None or evaluation.every == "epoch"):
+        option = "eval.every=epoch" if train.epochs is None else f"train.epochs={train.epochs:g}"
+        raise ConfigError(
+            f"{option} with data.streaming=true: a stream's rows are not counted before they are read; give a number "
+            "of steps, or data.streaming=false"
+        )
+    if train.max_steps is not None and config.num_warmup_steps > train.max_steps:
+        raise ConfigError(
+            f"optim.warmup_steps={config.optim.warmup_steps} is more than train.max_steps={train.max_steps}; use at "
+            f"most {train.max_steps}"
+        )
+    for option, is_on in (
+        ("checkpoint.best=true", config.checkpoint.best),
+        (f"eval.patience={evaluation.patience}", evaluation.patience is not None),
+    ):
+        if is_on and evaluation.every == 0:
+            raise ConfigError(
+                f"{option} with eval.every=0: there is one evaluation, at the end, and nothing to choose from; set "
+                "eval.every"
+            )
+
+
 def _check_run(config: Config) -> None:
     if config.output_dir is not None and os.path.isfile(config.output_dir):
         raise ConfigError(f"output_dir={config.output_dir} is a file; give a directory")
@@ -289,6 +355,23 @@ def _inactive_rules(config: Config) -> Iterator[tuple[bool, str, str, tuple[Any,
     yield held_out, "data.validation_fraction", "with data.validation_path or data.validation_split", ()
     yield data.tokenizer is not None, "data.tokenizer_vocab_size", f"with data.tokenizer={data.tokenizer}", ()
     yield config.eval.num_samples == 0, "eval.sample_tokens", "with eval.num_samples=0", ()
+    yield from _inactive_example_rules(config)
+
+
+def _inactive_example_rules(config: Config) -> Iterator[tuple[bool, str, str, tuple[Any, ...]]]:
+    """As `_inactive_rules`, of data sets of examples."""
+    data = config.data
+    for name in ("prompt_field", "response_field", "messages_field", "prompt_template", "chat_template"):
+        yield data.format != "instruction", f"data.{name}", f"with data.format={data.format}", ()
+    for name in ("text_field", "packing"):
+        yield data.format != "text", f"data.{name}", f"with data.format={data.format}", ()
+    conversation = data.messages_field is not None
+    for name in ("prompt_field", "response_field", "prompt_template"):
+        yield conversation, f"data.{name}", f"with data.messages_field={data.messages_field}", ()
+    has_template = data.chat_template is not None
+    yield has_template, "data.prompt_template", f"with data.chat_template={data.chat_template}", ()
+    for name in ("max_examples", "max_new_tokens"):
+        yield config.eval.metric != "exact_match", f"eval.{name}", f"with eval.metric={config.eval.metric}", ()
 
 
 def _check_inactive(config: Config) -> None:

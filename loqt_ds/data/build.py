@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -33,6 +33,8 @@ class DataBundle:
     train: TrainBatches
     validation: ValidationSet
     summary: dict[str, Any]
+    scorer: Callable[[], Any] | None = None
+    """Makes an `evaluation.Scorer` for each evaluation, where the data say how outputs are scored."""
 
 
 def build_data(
@@ -44,6 +46,14 @@ def build_data(
     than one global batch (train.micro_batch_size x train.gradient_accumulation_steps x world_size rows).
     """
     quiet: Say = say if rank == 0 else _silent
+    if config.data.format == "instruction":
+        from loqt_ds.data.instruction import build_instruction
+
+        return build_instruction(config, tokenizer, rank=rank, world_size=world_size, say=quiet)
+    if config.data.format == "classification":
+        from loqt_ds.data.classification import build_classification
+
+        return build_classification(config, tokenizer, rank=rank, world_size=world_size, say=quiet)
     corpus = Corpus(config.data, quiet)
     build = _streamed if corpus.streaming else _stored
     return build(config, corpus, tokenizer, rank, world_size, quiet)

@@ -32,6 +32,7 @@ LEVELS = {
     "loqt_ds.stopping": 0.0,
     "loqt_ds.failures": 1.0,
     "loqt_ds.evaluation": 3.5,
+    "loqt_ds.selection": 3.5,
     "loqt_ds.trainer": 4.0,
     "loqt_ds.rundir": 4.2,
     "loqt_ds.run": 4.5,

@@ -1,0 +1,65 @@
+"""Which evaluation was the best so far, and when there is nothing to wait for any more."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from loqt_ds.evaluation import Evaluation
+
+LESS_IS_BETTER = ("loss",)
+
+
+class Selection:
+    """Follows one metric from evaluation to evaluation.
+
+    Args:
+        metric: "loss" or a score.
+        patience: evaluations without a better value after which training may stop; None: never.
+    """
+
+    def __init__(self, metric: str = "loss", *, patience: int | None = None) -> None:
+        self.metric, self._patience = metric, patience
+        self.best: Evaluation | None = None
+        self.best_step: int | None = None
+        self.num_since = 0
+        """Evaluations since the best one."""
+
+    def add(self, evaluation: Evaluation, step: int) -> bool:
+        """Whether this evaluation is the best so far (the first of equal ones is; NaN never). Raises ValueError if it
+        does not have the metric."""
+        value = evaluation.metric(self.metric)
+        is_better = math.isfinite(value) and (self.best is None or self._is_better(value, self.best))
+        if is_better:
+            self.best, self.best_step, self.num_since = evaluation, step, 0
+        else:
+            self.num_since += 1
+        return is_better
+
+    def _is_better(self, value: float, best: Evaluation) -> bool:
+        other = best.metric(self.metric)
+        return value < other if self.metric in LESS_IS_BETTER else value > other
+
+    @property
+    def is_over(self) -> bool:
+        """Whether patience is at its end."""
+        return self._patience is not None and self.num_since >= self._patience
+
+    def describe_best(self) -> str:
+        """In a few words, for people."""
+        if self.best is None:
+            return f"no finite {self.metric} so far"
+        return f"best {self.metric} {self.best.metric(self.metric):.4f} at step {self.best_step}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON types."""
+        best = None if self.best is None else asdict(self.best)
+        return {"metric": self.metric, "best": best, "best_step": self.best_step, "num_since": self.num_since}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state`; from nothing, where that followed another metric."""
+        if state["metric"] != self.metric:
+            return
+        self.best = None if state["best"] is None else Evaluation(**state["best"])
+        self.best_step, self.num_since = state["best_step"], int(state["num_since"])
