@@ -17,28 +17,24 @@ adapter's directory holds the checksums of the base that it is of.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from loqt_ds.checkpoint import write_json, write_safetensors
-from loqt_ds.export import writer
-from loqt_ds.export.pack import WeightFormat, pack_layer
+from loqt_ds.export.base import BASE_FILE, Contents, task_type
+from loqt_ds.export.pack import WeightFormat
 from loqt_ds.export.report import AdapterReport, ExportError, LayerReport
-from loqt_ds.export.verify import Expected, StoredTensors, relative_difference, table_lookup
+from loqt_ds.export.verify import Expected, relative_difference, table_lookup
 from loqt_ds.method.linear import LoQTLinear
 
 BASE, ADAPTER = "base", "adapter"
 """The two directories of an export."""
-BASE_FILE = "base.json"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -102,18 +98,6 @@ def unchanged(expected: Expected) -> list[LayerReport]:
 # ------------------------------------------------------------------------------------------------- writing
 
 
-@dataclass(frozen=True)
-class Contents:
-    """What an adapter holds beside P and B; all of it is in the base where the base is its own."""
-
-    modules: tuple[str, ...] = ()
-    """Modules that are saved whole."""
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    """Their tensors, by name."""
-    biases: Mapping[str, Tensor] = field(default_factory=dict)
-    """What is added to the base's bias (out,), by adapted layer."""
-
-
 def write_adapter(
     directory: Path,
     layers: Mapping[str, LoQTLinear],
@@ -168,7 +152,7 @@ def _peft_config(
     others = {name: shape for name, shape in shapes.items() if shape != (common_rank, common_scale)}
     return {
         "peft_type": "LORA",
-        "task_type": _task_type(model),
+        "task_type": task_type(model),
         "base_model_name_or_path": str(base),
         "inference_mode": True,
         "r": common_rank,
@@ -199,111 +183,6 @@ def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:
     if fits == wanted:
         return ends
     return "|".join(name.replace(".", r"\.") for name in names)
-
-
-def _task_type(model: nn.Module) -> str | None:
-    """PEFT's name for what the model is for; None where it need not know."""
-    from transformers.models.auto import modeling_auto as auto
-
-    known = {
-        "CAUSAL_LM": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        "SEQ_CLS": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-        "SEQ_2_SEQ_LM": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    }
-    for task, names in known.items():
-        if type(model).__name__ in names.values():
-            return task
-    return None
-
-
-# ------------------------------------------------------------------------------------------------- an existing base
-
-
-def stored_weights(directory: Path) -> writer.WrittenWeights:
-    """The files of weights of a model directory, hashed, and which tensor is in which.
-
-    Raises ExportError if there are none, or one is missing or damaged.
-    """
-    index = directory / writer.INDEX_FILE
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else []
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ExportError(f"{index} is no index of shards ({error!r}); copy it again") from error
-    files: dict[str, dict[str, Any]] = {}
-    weight_map: dict[str, str] = {}
-    for name in names or ["model.safetensors"]:
-        path = directory / name
-        try:
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            with safe_open(path, framework="pt") as opened:
-                weight_map |= dict.fromkeys(opened.keys(), name)
-        except FileNotFoundError as error:
-            raise ExportError(
-                f"{directory} has no {name}; give the directory of a base, as an export made it"
-            ) from error
-        except (OSError, SafetensorError) as error:
-            raise ExportError(f"{path} cannot be read ({error}); copy it again") from error
-        files[name] = {"bytes": path.stat().st_size, "sha256": digest}
-    return writer.WrittenWeights(files, weight_map)
-
-
-@torch.no_grad()
-def compare_base(base_dir: Path, expected: Expected, model: nn.Module) -> Contents:
-    """What the adapter of a model must hold over this base, beside P and B.
-
-    Raises ExportError if the base has other quantized weights, or other dense ones that an adapter cannot hold.
-    """
-    weights = stored_weights(base_dir)
-    stored = StoredTensors(base_dir, weights.weight_map)
-    for name, layer in expected.layers.items():
-        problem = _other_weight(stored, name, layer, expected.weight_format)
-        if problem:
-            raise ExportError(
-                f"--base={base_dir} is not the base of this run: {name} {problem}. Leave --base out to write a base of "
-                "its own; tasks share one where they are trained from the same model.path with loqt.schedule=never, "
-                "loqt.compensation_steps=1, and the same loqt.quantize_w, loqt.double_quant and train.dtype"
-            )
-    return Contents()
-
-
-def _other_weight(stored: StoredTensors, name: str, layer: LoQTLinear, weight_format: WeightFormat) -> str | None:
-    """How a matrix of the base differs from W_q of the layer; None where it does not."""
-    own, _ = pack_layer(name, layer, torch.zeros(layer.factor_length, layer.rank), weight_format)
-    theirs = stored.of_weight(name)
-    if own.keys() != theirs.keys():
-        return "is stored in another format"
-    for key, tensor in own.items():
-        if tensor.dtype != theirs[key].dtype or tensor.shape != theirs[key].shape:
-            return f"has another shape or dtype ({tuple(theirs[key].shape)}, {theirs[key].dtype})"
-        if not torch.equal(tensor, theirs[key]):
-            return "holds other values"
-    return None
-
-
-def check_base(adapter_dir: Path, base_dir: Path) -> None:
-    """Refuses an adapter over another base than the one that it was written for.
-
-    Raises ExportError, naming the difference and what would do. Adapters without `BASE_FILE` are not ours: whether
-    they fit, PEFT finds out.
-    """
-    file = adapter_dir / BASE_FILE
-    if not file.is_file():
-        return
-    try:
-        recorded = json.loads(file.read_text())
-        wanted = {name: entry["sha256"] for name, entry in recorded["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ExportError(f"{file} does not say which base the adapter is of ({error!r}); export it again") from error
-    found = {name: entry["sha256"] for name, entry in stored_weights(base_dir).files.items()}
-    if found == wanted:
-        return
-    different = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-    raise ExportError(
-        f"the adapter {adapter_dir} belongs to another base than {base_dir}: {', '.join(different)} "
-        f"{'differs' if len(different) == 1 else 'differ'}. Give the base it was exported with "
-        f"({recorded.get('base')}), or export its run again with --format adapter --base {base_dir}"
-    )
 
 
 # ------------------------------------------------------------------------------------------------- verification

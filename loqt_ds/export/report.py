@@ -131,7 +131,10 @@ class ExportReport:
             f"({adapter.num_bytes / 2**20:.1f} MiB) over the base {adapter.base} (weights as {of_base})"
         ]
         if adapter.modules_to_save:
-            lines.append(f"the adapter also holds what the base has otherwise: {', '.join(adapter.modules_to_save)}")
+            first = ", ".join(adapter.modules_to_save[:4])
+            more = len(adapter.modules_to_save) - 4
+            others = f" and {more} more" if more > 0 else ""
+            lines.append(f"the adapter also holds what the task has of its own: {first}{others}")
         if adapter.logits_relative_difference is None:
             return [*lines, "it was not loaded with PEFT, and no logits were compared"]
         return [

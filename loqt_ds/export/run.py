@@ -22,6 +22,7 @@ from loqt_ds.checkpoint import (
 )
 from loqt_ds.config import from_dict
 from loqt_ds.export import adapter, writer
+from loqt_ds.export.base import Contents, contents_of, stored_weights
 from loqt_ds.export.pack import WeightFormat, pack_layer, packed_num_bytes
 from loqt_ds.export.report import GIB, ExportError, ExportReport, LayerReport
 from loqt_ds.export.verify import Expected, load_export, random_tokens, verify_export, verify_files
@@ -82,9 +83,10 @@ def export_model(
     writer.refuse_existing(output_dir)
     expected, notes = _expected(model, model_config, format, double_quant, masters or {})
     factors = expected.factors
+    contents = Contents()
     if format == "adapter":
         expected = adapter.base_of(expected)
-    contents = adapter.Contents() if base_dir is None else adapter.compare_base(base_dir, expected, model)
+        contents = contents_of(model, expected, base_dir)
     report = ExportReport(
         output_dir=output_dir,
         format=format,
@@ -152,7 +154,7 @@ def _write_adapter(
     factors: Mapping[str, Tensor],
     model: nn.Module,
     base_dir: Path | None,
-    contents: adapter.Contents,
+    contents: Contents,
     report: ExportReport,
     *,
     verify: bool,
@@ -161,7 +163,7 @@ def _write_adapter(
     base = temporary / adapter.BASE if base_dir is None else base_dir
     called = (report.output_dir / adapter.BASE if base_dir is None else base_dir).resolve()
     layers, directory = expected.layers, temporary / adapter.ADAPTER
-    files = adapter.stored_weights(base).files
+    files = stored_weights(base).files
     made = adapter.write_adapter(directory, layers, factors, model, base=called, base_files=files, contents=contents)
     report.adapter = made
     report.layers = report.layers or adapter.unchanged(expected)
