@@ -41,6 +41,7 @@ from loqt_ds.method.conversion import (
     checkpoint_files,
     initializer,
     materialize_zeros,
+    task_head_parameters,
 )
 from loqt_ds.method.description import model_description, training_dtype
 from loqt_ds.metrics import MetricsLogger
@@ -279,6 +280,7 @@ def build_evaluator(config: Config, tokenizer: Tokenizer, data: DataBundle, devi
         config.eval.micro_batch_size or config.train.micro_batch_size,
         device,
         config.eval.max_tokens,
+        config.model.task,
         scorer=data.scorer,
     )
 
@@ -484,7 +486,7 @@ def load_model(
     if config.train.compile:
         say(f"torch.compile: {compiled.install(model)} blocks, compiled in the first steps")
     if not config.optim.train_full_rank:
-        say(f"frozen parameters: {freeze_full_rank(model):,}")
+        say(f"frozen parameters: {freeze_full_rank(model, but=task_head_parameters(model)):,}")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"trained parameters: {trained:,}; adapted weights in {config.loqt.quantize_w}")
     return model, original

@@ -20,6 +20,7 @@ from loqt_ds.config import Config
 from loqt_ds.core.quantization import QuantSpec, packed_layout
 from loqt_ds.memory.formulas import (
     activation_bytes,
+    answer_bytes,
     block_workspace_bytes,
     decompose_bytes,
     encode_bytes,
@@ -31,11 +32,11 @@ from loqt_ds.memory.formulas import (
     update_bytes,
 )
 from loqt_ds.method import compiled, head, lean
-from loqt_ds.method.conversion import build_meta, loqt_layers, output_head
+from loqt_ds.method.conversion import build_meta, loqt_layers, output_head, task_head_parameters
 from loqt_ds.method.description import model_description, training_dtype
 from loqt_ds.method.head import HeadReport
 from loqt_ds.method.linear import LoQTLinear
-from loqt_ds.optim import UPDATE_PIECE
+from loqt_ds.optim import UPDATE_PIECE, freeze_full_rank
 
 GIB = 2**30
 CONTEXT_BYTES = GIB  # a CUDA context and what the allocator keeps to itself
@@ -45,7 +46,7 @@ LABELS = {
     "weights_w": "W, packed",
     "projections_p": "P, packed",
     "factors_b": "B",
-    "full_rank_parameters": "parameters trained in full",
+    "full_rank_parameters": "other parameters",
     "masters": "fp32 masters",
     "moments": "Adam's moments",
     "buffers": "other buffers",
@@ -66,6 +67,7 @@ LABELS = {
     "reinit_decompose": "finding one layer's P",
     "reinit_pending": "new P, waiting for the update",
     "reinit_rebuild": "one layer merged and compensated",
+    "answers": "keys and values of a batch of answers",
     "export_model": "the export, loaded to be compared",
     "export_workspace": "one layer as it is exported",
 }
@@ -105,7 +107,7 @@ class MemoryPlan:
     entries: dict[str, int]
     """Bytes of every entry of LABELS."""
     phases: dict[str, tuple[str, ...]]
-    """Phase of a run (start, step, re-initialization, export) or moment of one -> the entries alive in it."""
+    """Phase of a run (start, step, re-initialization, evaluation, export), or moment of one -> what is alive in it."""
     num_adapted: int
     """Weights in adapted matrices."""
     num_trained: int
@@ -124,7 +126,7 @@ class MemoryPlan:
         return sum(self.entries[name] for name in self.phases[phase])
 
     def peak_bytes(self, of: str) -> int:
-        """The largest phase of the start, a step, a re-initialization or the export: those that begin with its name."""
+        """The largest phase of one of `parts_of_run`: of those that begin with its name."""
         return max(self.phase_bytes(phase) for phase in self.phases if phase.split(":")[0] == of)
 
     @property
@@ -139,7 +141,7 @@ class MemoryPlan:
 
     @property
     def parts_of_run(self) -> list[str]:
-        """start, step, re-initialization, export."""
+        """start, step, re-initialization, evaluation where answers are generated, export."""
         return list(dict.fromkeys(phase.split(":")[0] for phase in self.phases))
 
     def summary(self) -> str:
@@ -180,7 +182,7 @@ class Facts:
     factors: dict[str, nn.Parameter]
     """Every B."""
     others: dict[str, nn.Parameter]
-    """Parameters trained in full."""
+    """All other parameters: trained in full, or frozen."""
     lean: frozenset[str]
     """Names of the modules that lean activations change."""
     head: HeadReport
@@ -189,7 +191,7 @@ class Facts:
 
     @property
     def trained(self) -> list[nn.Parameter]:
-        return [*self.factors.values(), *self.others.values()]
+        return [parameter for parameter in (*self.factors.values(), *self.others.values()) if parameter.requires_grad]
 
 
 def planned_vocab_size(config: Config, described: int) -> tuple[int, str | None]:
@@ -222,9 +224,11 @@ def describe(config: Config, *, vocab_size: int | None = None) -> Facts:
     model = build_meta(description, config.loqt, dtype=dtype, **options)
     layers = list(loqt_layers(model).values())
     own = {id(layer.B) for layer in layers}
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    factors = {name: parameter for name, parameter in trained.items() if id(parameter) in own}
-    others = {name: parameter for name, parameter in trained.items() if id(parameter) not in own}
+    if not config.optim.train_full_rank:
+        freeze_full_rank(model, but=task_head_parameters(model))
+    parameters = dict(model.named_parameters())
+    factors = {name: parameter for name, parameter in parameters.items() if id(parameter) in own}
+    others = {name: parameter for name, parameter in parameters.items() if id(parameter) not in own}
     changed = lean.install(model)
     loss = head.install(model, task=config.model.task)
     if loss.whole_logits is not None:
@@ -306,6 +310,7 @@ def plan(
         "reinit_decompose": max(decompose_bytes(layer, config) for layer in layers),
         "reinit_pending": projections_p if one_process and not updates_at_once else 0,
         "reinit_rebuild": max(rebuild_bytes(layer, config) for layer in layers),
+        "answers": answer_bytes(config, description, dtype) if config.eval.metric == "exact_match" else 0,
         "export_model": export,
         "export_workspace": 2 * 4 * largest if export else 0,
     }
@@ -374,7 +379,7 @@ def _export_bytes(config: Config, facts: Facts) -> int:
 
 def _by_group(facts: Facts) -> list[list[int]]:
     """Sizes of the parameters in each flat vector of ZeRO's."""
-    others = list(facts.others.values())
+    others = [parameter for parameter in facts.others.values() if parameter.requires_grad]
     groups = (list(facts.factors.values()), [p for p in others if p.dim() >= 2], [p for p in others if p.dim() < 2])
     return [[parameter.numel() for parameter in group] for group in groups if group]
 
@@ -454,6 +459,8 @@ def _phases(config: Config, zero: Zero | None) -> dict[str, tuple[str, ...]]:
         )
         phases["re-initialization: finding P"] = (*always, "gradients", "reinit_gathered", "reinit_decompose")
         phases["re-initialization: a layer"] = (*always, "gradients", "reinit_gathered", "reinit_rebuild")
+    if config.eval.metric == "exact_match":
+        phases["evaluation"] = (*always, "answers")
     if config.export.format != "none":
         # A card without room for two models exports from the host (loqt_ds.finish); masters wait there anyway.
         trained = (*_MODEL, "masters") if config.train.device == "cpu" else ()

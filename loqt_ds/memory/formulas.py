@@ -170,6 +170,20 @@ def block_workspace_bytes(config: Config, description: Any, dtype: torch.dtype) 
     return 4 * tokens * dtype.itemsize * widths(description).intermediate
 
 
+def answer_bytes(config: Config, description: Any, dtype: torch.dtype) -> int:
+    """Of a batch of the longest prompts and answers: keys and values of all blocks (of one twice, as they grow); one
+    block's activations of the prompts, of which nothing is kept for a backward; and the logits of one token."""
+    width = widths(description)
+    text = description.get_text_config()
+    head_size = width.attention // width.heads
+    keys = (getattr(text, "num_key_value_heads", None) or width.heads) * head_size
+    rows = config.eval.micro_batch_size or config.train.micro_batch_size
+    length = config.data.sequence_length
+    cache = 2 * (width.num_layers + 1) * keys * rows * (length + config.eval.max_new_tokens)
+    block = rows * length * (4 * width.hidden + 3 * width.attention + 3 * width.intermediate)
+    return dtype.itemsize * (cache + block) + 8 * rows * int(text.vocab_size)
+
+
 def loss_bytes(config: Config, description: Any, dtype: torch.dtype, *, head: HeadReport) -> int:
     """Temporaries of the loss, and the gradient of the head's input."""
     tokens = config.train.micro_batch_size * config.data.sequence_length

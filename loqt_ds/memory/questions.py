@@ -53,7 +53,7 @@ class Asker:
     def plan(self, *overrides: str) -> MemoryPlan:
         """Of the configuration with `overrides`. Raises ValueError where they cannot be honoured."""
         config = self._changed(*overrides)
-        key = repr((config.model, config.loqt, training_dtype(config)))
+        key = repr((config.model, config.loqt, config.optim.train_full_rank, training_dtype(config)))
         if key not in self._facts:
             self._facts[key] = describe(config, vocab_size=self._vocab_size)
         return plan(config, zero=self._zero, facts=self._facts[key])
