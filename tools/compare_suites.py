@@ -77,12 +77,13 @@ def family_of(method: str) -> str:
     return re.sub(r"^(loqtnq|loqt).*", r"\1", parse(method)[0])
 
 
-def rates(method: str, shape: str) -> tuple[float, float]:
-    """The stored rates of a method: its own, with its options, else those of its family.
+def rates(method: str, shape: str, first: Rates | None = None) -> tuple[float, float]:
+    """The rates of a method in the tables, of which `first` is asked first: its own, with its options, else those of
+    its family.
 
     Raises ValueError for a method without any.
     """
-    for table in (RATES_OF_SHAPE.get(shape, {}), RATES):
+    for table in (first or {}, RATES_OF_SHAPE.get(shape, {}), RATES):
         for name in (method, parse(method)[0], family_of(method)):
             if name in table:
                 return table[name]
@@ -193,6 +194,7 @@ class Suite:
     stored rates. variants_on: data sets that the variants are run on; None: all. memory: what is drawn as components of
     memory, and on which shape, with which rank. vocabulary: of the tokenizer that is trained on each data set;
     memory_vocabulary: of another one for the components of memory, of which embeddings and head are a good part.
+    rates: of contenders by their names, or methods or families of them, where they are not the stored ones.
     """
 
     name: str
@@ -209,6 +211,7 @@ class Suite:
     memory_vocabulary: int = 32000
     num_data: int = 1
     jobs: int = 2
+    rates: Rates = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -292,7 +295,11 @@ MEMORY_COMPONENTS = (
     Variant(COMPONENTS, "LoQT, AdamW, layer-wise", (*ADAM_32, *LAYERWISE)),
     Variant(COMPONENTS, "LoQT, 8-bit Adam, layer-wise", ("optim.name=adamw8bit", *LAYERWISE)),
 )
-MEMORY_SPEC = {"steps": 4, "interval": 2, "rows": 4, "eval_every": 4, "eval_tokens": 1024, "final_tokens": 1024}
+# Four steps without a warm-up, at a rate that spoils nothing: what is trained does not matter.
+MEMORY_SPEC: Mapping[str, Any] = {
+    **{"steps": 4, "interval": 2, "rows": 4, "eval_every": 4, "eval_tokens": 1024, "final_tokens": 1024},
+    **{"lr": 1e-4, "lr_full_rank": 1e-4},
+}
 
 # What may become a default: tried on two data sets and with three seeds (benchmarks/DEFAULTS.md).
 CANDIDATES = (
@@ -350,7 +357,7 @@ SUITES = {
         ),
         ABLATION,
         replace(ABLATION, name="rounding", variants=WHAT_ROUNDING_LOSES),
-        Suite("memory", (MEMORY_SCALE,), (), {"steps": 4, "interval": 2}, seeds=1, memory=MEMORY_COMPONENTS),
+        Suite("memory", (MEMORY_SCALE,), (), MEMORY_SPEC, 1, memory=MEMORY_COMPONENTS, vocabulary=32000),
         Suite(
             "gpu",
             (("llama_60m", 128), ("llama_130m", 256)),
@@ -422,9 +429,17 @@ VERSIONS: dict[str, int] = dict.fromkeys(RATES, 0)
 def portable(option: str) -> str:
     """An option of the data with the names and sizes of files in place of their paths."""
     name, _, value = option.partition("=")
+    if name == "data.tokenizer" and Path(value).is_dir():
+        return f"{name}={[digest_of(file) for file in sorted(Path(value).glob('tokenizer*'))]}"
     if name not in ("data.path", "data.validation_path"):
         return option
     return f"{name}={[[Path(file).name, Path(file).stat().st_size] for file in json.loads(value)]}"
+
+
+@cache
+def digest_of(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 @cache
@@ -439,7 +454,8 @@ def shipped_digest() -> dict[str, Any]:
 @cache
 def key(spec: Spec) -> str:
     """The name of a run's directory: readable, and a hash of what the run is told: its `Spec`, the names and sizes of
-    the files that it reads, and, of LoQT, the shipped defaults.
+    the files that it reads, the bytes of the weights that it starts from and of a tokenizer's directory, and, of LoQT,
+    the shipped defaults.
 
     A field of Spec that has its default is left out of the hash, so that a new field changes no name. Left out are also
     the code and the packages (`VERSIONS` is raised by hand where they change what a method does), the content of files
@@ -452,6 +468,10 @@ def key(spec: Spec) -> str:
         if item.default is MISSING or getattr(spec, item.name) != item.default
     }
     said["data"] = [portable(option) for option in spec.data]
+    if spec.also:
+        said["also"] = [portable(option) for option in spec.also]
+    if spec.start is not None:
+        said["start"] = [digest_of(file) for file in sorted(Path(spec.start).glob("*.safetensors"))]
     if Path(spec.shape).is_file():
         said["shape"] = Path(spec.shape).read_text()
     family = family_of(spec.method)
@@ -593,7 +613,7 @@ class Plan:
         if choice.is_open:
             return row
         factor = 1.0 if choice.factor is None else choice.factor
-        lr, lr_full_rank = (float(f"{factor * rate:.6g}") for rate in rates(row.contender, row.shape))
+        lr, lr_full_rank = (float(f"{factor * rate:.6g}") for rate in rates(row.contender, row.shape, self.suite.rates))
         vocabulary = self.suite.vocabulary_of(row.part)
         options = (*self.data[row.data].options, f"data.tokenizer_vocab_size={vocabulary}")
         content = {"lr": lr, "lr_full_rank": lr_full_rank, **self.suite.spec, **dict(row.changes)}
