@@ -297,8 +297,14 @@ MEMORY_COMPONENTS = (
 )
 # Four steps without a warm-up, at a rate that spoils nothing: what is trained does not matter.
 MEMORY_SPEC: Mapping[str, Any] = {
-    **{"steps": 4, "interval": 2, "rows": 4, "eval_every": 4, "eval_tokens": 1024, "final_tokens": 1024},
-    **{"lr": 1e-4, "lr_full_rank": 1e-4},
+    "steps": 4,
+    "interval": 2,
+    "rows": 4,
+    "lr": 1e-4,
+    "lr_full_rank": 1e-4,
+    "eval_every": 4,
+    "eval_tokens": 1024,
+    "final_tokens": 1024,
 }
 
 # What may become a default: tried on two data sets and with three seeds (benchmarks/DEFAULTS.md).
