@@ -154,6 +154,21 @@ class DataConfig:
     chat_template: str | None = None
     """File of a Jinja chat template, instead of the tokenizer's own; prompt and response are then a user's and an
     assistant's message."""
+    glue_task: Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"] | None = None
+    """A task of GLUE, with data.format=classification: its columns, classes and metrics are known; data.path is its
+    directory of the benchmark's archive (train.tsv, dev.tsv), or data.name is the hub's glue."""
+    text_fields: list[str] = field(default_factory=lambda: ["text"])
+    """Columns of the text, or of the two texts, that are classified, with data.format=classification."""
+    label_field: str = "label"
+    """Column of the class, or of the number with model.task=regression, with data.format=classification."""
+    labels: list[str] | None = None
+    """The classes as the label column calls them, in the order of their numbers; null: it holds their numbers, from
+    0."""
+    header: bool = True
+    """Whether the first row of a .tsv or .csv names its columns; without, they are called 0, 1, 2, ..."""
+    quoting: Literal["auto", "none", "csv"] = "auto"
+    """Quotation marks of a .tsv or .csv: none, they are text; csv, they enclose fields; auto: csv in a .csv, none in a
+    .tsv."""
 
 
 @dataclass

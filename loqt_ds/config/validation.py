@@ -98,6 +98,7 @@ def validate(config: Config) -> None:
     _check_loqt(config)
     _check_data(config)
     _check_examples(config)
+    _check_task(config)
     _check_optim(config)
     check_steps(config)
     _check_run(config)
@@ -254,9 +255,40 @@ def _check_examples(config: Config) -> None:
                 f"data.{option}=true with data.format={data.format}: every row is one example of a data set that is "
                 f"read as a whole; set data.{option}=false"
             )
+    _check_labels(config)
     if data.prompt_template is not None and "{prompt}" not in data.prompt_template:
         raise ConfigError(
             f"data.prompt_template={data.prompt_template!r} has no place for the prompt; write {{prompt}} where it goes"
+        )
+
+
+def _check_labels(config: Config) -> None:
+    """Texts with labels."""
+    data = config.data
+    if data.format != "classification":
+        return
+    if len(data.text_fields) > 2:
+        raise ConfigError(f"data.text_fields={data.text_fields} has {len(data.text_fields)} columns; give one or two")
+    if data.labels is not None and len(set(data.labels)) < len(data.labels):
+        raise ConfigError(f"data.labels={data.labels} has a class twice; name each once")
+    if data.glue_task is not None and isinstance(data.path, list):
+        raise ConfigError(f"data.path={data.path} with data.glue_task={data.glue_task}: give the task's one directory")
+
+
+def _check_task(config: Config) -> None:
+    """What the model is trained for, and what the data are."""
+    task, data_format = config.model.task, config.data.format
+    formats = {"causal_lm": ("text", "instruction"), "masked_lm": ("text",)}.get(task, ("classification",))
+    if data_format not in formats:
+        tasks = {"classification": "classification (or regression)"}.get(data_format, "causal_lm")
+        raise ConfigError(
+            f"model.task={task} with data.format={data_format} does not go together; set model.task={tasks}, or "
+            f"data.format={formats[0]}"
+        )
+    if task == "masked_lm" and config.data.mask_documents:
+        raise ConfigError(
+            "data.mask_documents=true with model.task=masked_lm: attention within documents is there for causal "
+            "language models only; set data.mask_documents=false"
         )
 
 
@@ -363,6 +395,21 @@ def _inactive_example_rules(config: Config) -> Iterator[tuple[bool, str, str, tu
     data = config.data
     for name in ("prompt_field", "response_field", "messages_field", "prompt_template", "chat_template"):
         yield data.format != "instruction", f"data.{name}", f"with data.format={data.format}", ()
+    for name in ("glue_task", "text_fields", "label_field", "labels", "header", "quoting"):
+        yield data.format != "classification", f"data.{name}", f"with data.format={data.format}", ()
+    for name in (
+        "text_fields",
+        "label_field",
+        "labels",
+        "header",
+        "quoting",
+        "validation_split",
+        "validation_fraction",
+    ):
+        yield data.glue_task is not None, f"data.{name}", f"with data.glue_task={data.glue_task}", ()
+    for name in ("header", "quoting"):
+        yield data.name is not None, f"data.{name}", f"with data.name={data.name}", ()
+    yield config.model.task == "regression", "data.labels", "with model.task=regression", ()
     for name in ("text_field", "packing"):
         yield data.format != "text", f"data.{name}", f"with data.format={data.format}", ()
     conversation = data.messages_field is not None
