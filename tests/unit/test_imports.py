@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2] / PACKAGE
 LEVELS = {
     "loqt_ds.core": 0.0,
     "loqt_ds.ranks": 0.0,
+    "loqt_ds.scores": 0.5,
     "loqt_ds.config": 1.0,
     "loqt_ds.method": 1.0,
     "loqt_ds.data": 1.0,
