@@ -72,7 +72,7 @@ def read_result(work: Path, spec: Spec) -> Result | None:
         return None
     result: Result = json.loads(file.read_text())
     found = Spec.from_json(json.dumps(result["spec"]))
-    if replace(found, data=spec.data, shape=spec.shape) != spec:
+    if replace(found, data=spec.data, also=spec.also, start=spec.start, shape=spec.shape) != spec:
         raise ValueError(f"{file} is of another run, {found.method}; remove it, or give another --work")
     result["num_steps"] = len(result.pop("losses", []))
     return settled(result)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -28,15 +29,18 @@ from typing import Any
 
 import torch
 from fit import machine
-from rivals import Setup, build, model_bytes
+from rivals import Setup, build, model_bytes, parse
+from rivals_initial import CALIBRATED, CALIBRATION_ROWS
+from torch import Tensor
 
 from loqt_ds.config import Config, load_config
-from loqt_ds.data import DataBundle, build_data, load_or_train_tokenizer
+from loqt_ds.data import DataBundle, Tokenizer, build_data, load_or_train_tokenizer
 from loqt_ds.evaluation import Evaluation, evaluate
 from loqt_ds.trainer import peak_memory_gib
 
 STATUS = {"done": 0, "diverged": 0, "failed": 1, "paused": 75}  # of the process
 PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "galore-torch", "q-galore-torch", "apollo-torch")
+WITH_FULL_WEIGHTS = ("adamw", "adamw8bit", "galore", "apollo", "apollomini")  # as transformers saves them
 DIVERGED_AT = 3.0  # nats above the loss of the untrained model
 
 
@@ -49,6 +53,10 @@ class Spec:
     step. interval, growth: of re-initializations, and of the refreshes of others' projections (interval only).
     eval_every: steps between evaluations on the first eval_tokens held-out tokens; what the run is judged by are the
     first final_tokens of them, or all (None).
+    start: directory of a checkpoint that the run starts from; shape is then a name and no more. full_rank: whether
+    embeddings, norms and head are trained. also: options of a run that say what else the model is evaluated on,
+    whenever it is; nothing is trained on that. keep_model: write DIRECTORY/model, a checkpoint with its tokenizer, at
+    the end; of methods that train full weights.
     """
 
     method: str
@@ -68,6 +76,10 @@ class Spec:
     eval_every: int = 50
     eval_tokens: int = 32768
     final_tokens: int | None = None
+    start: str | None = None
+    full_rank: bool = True
+    also: tuple[str, ...] = ()
+    keep_model: bool = False
 
     @staticmethod
     def from_json(text: str) -> Spec:
@@ -76,7 +88,7 @@ class Spec:
         unknown = set(content) - {field.name for field in fields(Spec)}
         if unknown:
             raise ValueError(f"a run's description has no {', '.join(sorted(unknown))}")
-        return Spec(**content | {"data": tuple(content["data"])})
+        return Spec(**content | {name: tuple(content.get(name, ())) for name in ("data", "also")})
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
@@ -89,8 +101,8 @@ def write_whole(path: Path, content: dict[str, Any]) -> None:
     aside.replace(path)
 
 
-def data_config(spec: Spec) -> Config:
-    """The options that say what is read."""
+def data_config(spec: Spec, options: Sequence[str]) -> Config:
+    """Of some options that say what is read."""
     return load_config(
         None,
         [
@@ -98,19 +110,25 @@ def data_config(spec: Spec) -> Config:
             f"train.seed={spec.seed}",
             f"train.micro_batch_size={spec.rows}",
             f"data.sequence_length={spec.length}",
-            *spec.data,
+            *options,
         ],
     )
 
 
-def open_data(spec: Spec) -> tuple[DataBundle, int]:
-    """(batches, size of the model's vocabulary): of the tokenizer, rounded up to a multiple of 64."""
-    config = data_config(spec)
+def open_data(spec: Spec, options: Sequence[str] | None = None) -> tuple[DataBundle, Tokenizer]:
+    """Batches of `Spec.data`, or of other options, and their tokenizer."""
+    config = data_config(spec, spec.data if options is None else options)
     tokenizer = load_or_train_tokenizer(config, print)
-    return build_data(config, tokenizer), -(-tokenizer.vocab_size // 64) * 64
+    return build_data(config, tokenizer), tokenizer
 
 
-def setup_of(spec: Spec, vocab_size: int) -> Setup:
+def rows_of_vocabulary(tokenizer: Tokenizer) -> int:
+    """Of embeddings and head of a model that starts from drawn weights."""
+    return -(-tokenizer.vocab_size // 64) * 64
+
+
+def setup_of(spec: Spec, vocab_size: int, calibration: tuple[dict[str, Tensor], ...] = ()) -> Setup:
+    """vocab_size: of weights that are drawn."""
     return Setup(
         spec.shape,
         dtype=spec.dtype,
@@ -123,10 +141,21 @@ def setup_of(spec: Spec, vocab_size: int) -> Setup:
         growth=spec.growth,
         max_steps=spec.steps,
         max_grad_norm=spec.max_grad_norm,
-        vocab_size=vocab_size,
+        vocab_size=vocab_size if spec.start is None else None,
         masters=spec.dtype == "bf16",  # as LoQT's default: who updates bf16 weights trains with a handicap
         seed=spec.seed,
+        start=spec.start,
+        full_rank=spec.full_rank,
+        calibration=calibration,
     )
+
+
+def first_batches(bundle: DataBundle, num_rows: int, rows: int) -> tuple[dict[str, Tensor], ...]:
+    """Batches of so many rows that will be trained on; the place in the data stays."""
+    place = bundle.train.state_dict()
+    taken = tuple(bundle.train.next_batch() for _ in range(-(-num_rows // rows)))
+    bundle.train.load_state_dict(place)
+    return taken
 
 
 class Comparand:
@@ -134,11 +163,20 @@ class Comparand:
 
     def __init__(self, spec: Spec, directory: Path, pauses: Callable[[], bool] = lambda: False) -> None:
         self.spec, self.directory, self.pauses = spec, directory, pauses
-        self.bundle, vocab_size = open_data(spec)
+        if spec.keep_model and parse(spec.method)[0] not in WITH_FULL_WEIGHTS:
+            raise ValueError(f"keep_model: {spec.method} has no full weights; {', '.join(WITH_FULL_WEIGHTS)} have")
+        self.bundle, self.tokenizer = open_data(spec)
+        self.also = open_data(spec, spec.also)[0] if spec.also else None
         self.device = torch.device(spec.device)
         self.before = peak_memory_gib(self.device)
-        self.contender = build(spec.method, setup_of(spec, vocab_size))
+        wants_data = parse(spec.method)[0] in CALIBRATED
+        calibration = first_batches(self.bundle, CALIBRATION_ROWS, spec.rows) if wants_data else ()
+        started = time.perf_counter()
+        self.contender = build(spec.method, setup_of(spec, rows_of_vocabulary(self.tokenizer), calibration))
+        self.seconds_to_build = time.perf_counter() - started
+        self.check_vocabulary()
         self.curve: list[tuple[int, float]] = []  # (tokens seen, held-out loss)
+        self.also_curve: list[tuple[int, float]] = []  # the same of Spec.also
         self.losses: list[float] = []  # of training, by step
         self.seconds, self.refreshes = 0.0, []  # type: tuple[float, list[float]]
         # what most was needed of, bytes; above: of the process, more than before there was a model
@@ -146,9 +184,19 @@ class Comparand:
         self.notes: list[str] = []
         self.num_parts = 1  # processes that this run has taken
         self.final: Evaluation | None = None
+        self.also_final: Evaluation | None = None
 
-    def evaluate(self, max_tokens: int | None) -> Evaluation:
-        batches = self.bundle.validation.batches(self.spec.rows, max_tokens)
+    def check_vocabulary(self) -> None:
+        """Raises ValueError for a checkpoint that has fewer tokens than the tokenizer."""
+        rows = self.contender.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+        if self.tokenizer.vocab_size > rows:
+            raise ValueError(
+                f"start={self.spec.start} has {rows} tokens, {self.tokenizer.name} {self.tokenizer.vocab_size}; give "
+                "data.tokenizer=DIRECTORY, the one it was trained with"
+            )
+
+    def evaluate(self, max_tokens: int | None, bundle: DataBundle | None = None) -> Evaluation:
+        batches = (bundle or self.bundle).validation.batches(self.spec.rows, max_tokens)
         with self.contender.computing():
             return evaluate(self.contender.model, batches, self.device)
 
@@ -165,7 +213,9 @@ class Comparand:
             if not self._is_sane(self._step()):
                 return "diverged"
             ended = step + 1 == self.spec.steps
-            if ended or (step + 1) % self.spec.eval_every == 0:
+            # what LoQT starts from is there after its first step
+            is_initialized = self.spec.start is not None and step == 0
+            if ended or is_initialized or (step + 1) % self.spec.eval_every == 0:
                 if not self._is_sane(self._extend_curve()):
                     return "diverged"
                 self._save()
@@ -174,6 +224,10 @@ class Comparand:
                 self._save()
                 return "paused"
         self.final = self.evaluate(self.spec.final_tokens)
+        if self.also is not None:
+            self.also_final = self.evaluate(self.spec.final_tokens, self.also)
+        if self.spec.keep_model:
+            self.write_model()
         return "done" if self._is_sane(self.final.loss) else "diverged"
 
     def _is_sane(self, loss: float) -> bool:
@@ -184,8 +238,21 @@ class Comparand:
         """The loss on the first held-out tokens, as it is now."""
         self._measure()
         loss = self.evaluate(self.spec.eval_tokens).loss
-        self.curve.append((len(self.losses) * self.spec.rows * self.spec.length, loss))
+        tokens = len(self.losses) * self.spec.rows * self.spec.length
+        self.curve.append((tokens, loss))
+        if self.also is not None:
+            self.also_curve.append((tokens, self.evaluate(self.spec.eval_tokens, self.also).loss))
         return loss
+
+    def write_model(self) -> None:
+        """DIRECTORY/model, whole or not at all."""
+        model: Any = self.contender.model
+        target, aside = self.directory / "model", self.directory / f".model.{os.getpid()}"
+        for old in (target, aside):
+            shutil.rmtree(old, ignore_errors=True)
+        model.save_pretrained(aside)
+        self.tokenizer.save(aside)
+        aside.rename(target)
 
     def _measure(self) -> None:
         above = round((peak_memory_gib(self.device) - self.before) * 2**30)
@@ -193,7 +260,7 @@ class Comparand:
             self.most[name] = max(self.most[name], size)
 
     # what a run has gathered so far, beside the contender's own state and the place in the data
-    GATHERED = ("curve", "losses", "seconds", "refreshes", "most", "notes", "num_parts")
+    GATHERED = ("curve", "also_curve", "losses", "seconds", "refreshes", "most", "notes", "num_parts")
 
     def _save(self) -> None:
         state = {name: getattr(self, name) for name in self.GATHERED}
@@ -241,6 +308,7 @@ class Comparand:
             "memory_before_model_gib": self.before,
             "num_parts": self.num_parts,
             "seconds": self.seconds,
+            "seconds_to_build": self.seconds_to_build,
             "tokens_per_second": len(self.losses) * spec.rows * spec.length / max(self.seconds, 1e-9),
             "refresh_seconds": sum(self.refreshes),
             "num_refreshes": len(self.refreshes),
@@ -249,6 +317,9 @@ class Comparand:
             "curve": [(tokens, finite(loss)) for tokens, loss in self.curve],
             "data": self.bundle.summary,
         }
+        if self.also is not None:
+            content["also_curve"] = [(tokens, finite(loss)) for tokens, loss in self.also_curve]
+            content["also_final"] = None if self.also_final is None else self.also_final.record()
         if status == "done":
             assert self.final is not None
             num_batches = -(-self.final.num_tokens // (spec.rows * spec.length))

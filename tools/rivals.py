@@ -16,6 +16,8 @@ A contender is named by its method and, where it has one, its rank:
     lora:R       frozen weights and PEFT's LoRA adapters, torch's fused AdamW
     qlora:R      the same with frozen NF4 weights
     loftq:R      the same with weights and adapters that PEFT's LoftQ has initialized
+    lqlora:R     the same with LQ-LoRA's (`rivals_initial.py`, which looks at data: `Setup.calibration`)
+    apiq:R       the same with ApiQ's
     relora:R     LoRA that is merged and restarted; `relora:R+start=N` after N steps in full rank
     loqt:R       this project, 32-bit AdamW
     loqt8bit:R   this project, 8-bit AdamW, as is its default
@@ -26,9 +28,10 @@ This project's may be followed by options of a run: `loqt:128+loqt.product=facto
 ideas that are not in the product (`candidates.py`): `loqt:128+candidate.NAME=VALUE`.
 
 All have transformers' model of the same shape, the same attention and the same loss (`loqt_ds.method.head`), and train
-the same matrices in full rank: embeddings, norms and head, the adapters' too. What differs is how the linears in
-between are trained; how each rival is configured, and where that is from, is told in `rivals_projected.py` and
-`rivals_adapters.py`.
+the same matrices in full rank: embeddings, norms and head, the adapters' too (none of these with
+`Setup(full_rank=False)`). They start from the same weights, drawn or read (`Setup.start`). What differs is how the
+linears in between are trained; how each rival is configured, and where that is from, is told in `rivals_projected.py`,
+`rivals_adapters.py` and `rivals_initial.py`.
 
 In bf16 LoQT keeps float32 masters of what it trains beside bf16 weights, as is its default (but loqtcard). The rivals'
 packages update bf16 weights, with moments in bf16, where a second moment hardly decays and small updates round to
@@ -37,8 +40,8 @@ nothing. `Setup(dtype="bf16", masters=True)` holds precision equal: rivals keep 
 residual stream, the norms - is float32, which is bf16 in LoQT. Bytes of theirs then are 4 for each trained weight and 4
 for its gradient; LoQT's are 2 and 2, and 4 for the master, which counts as a state.
 
-On a CPU bitsandbytes dequantizes matrices whose width is no multiple of 64
-wrongly (`loqt_ds.core.quantization` tells more): QLoRA's and LoftQ's losses suffer from that there, their times do not.
+On a CPU bitsandbytes dequantizes matrices whose width is no multiple of 64 wrongly (`loqt_ds.core.quantization` tells
+more): the losses of QLoRA, LoftQ, LQ-LoRA and ApiQ suffer from that there, their times do not.
 
 The rivals are packages: `pip install -e '.[compare]'`. (APOLLO's licence is CC-BY-NC: it is used for measuring only.)
 """
@@ -71,6 +74,7 @@ from rivals_base import (
     size,
     text_batch,
 )
+from rivals_initial import apiq, lqlora
 from rivals_projected import apollo, galore, projection_group, qgalore
 from torch import Tensor
 
@@ -223,7 +227,10 @@ LOQT_OPTIONS = {
 def loqt_config(name: str, setup: Setup) -> Config:
     """Of one of this project's. Raises ConfigError for options that there are not, or that do not go together."""
     method, rank = parse(name)
-    options = [*setup.schedule(), f"loqt.rank={rank}", *LOQT_OPTIONS[method]]
+    # intervals are read by no run that is initialized once
+    schedule = [] if "loqt.schedule=never" in run_options(name) else setup.schedule()
+    options = [*schedule, f"loqt.rank={rank}", *LOQT_OPTIONS[method]]
+    options += [] if setup.full_rank else ["optim.train_full_rank=false"]
     if method == "loqtcard":
         options += ["optim.master=bf16"] if setup.dtype_of_weights == torch.bfloat16 else []
         if setup.max_grad_norm is not None:  # a layer is updated before the norm of all gradients is known
@@ -254,6 +261,8 @@ METHODS: dict[str, Callable[[str, Setup, int | None], Contender]] = {
     "lora": lora,
     "qlora": qlora,
     "loftq": loftq,
+    "lqlora": lqlora,
+    "apiq": apiq,
     "relora": lambda name, setup, rank: relora(name, setup, rank, start_of(name)),
     **dict.fromkeys(LOQT_OPTIONS, lambda name, setup, rank: LoQT(name, setup)),
 }

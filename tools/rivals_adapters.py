@@ -26,7 +26,7 @@ W of ReLoRA is float32, since bf16 would round away most of what is merged into 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -44,13 +44,14 @@ LONGEST_REWARMUP = 100  # steps
 
 
 def adapt(model: nn.Module, targets: Iterable[str], rank: int, setup: Setup, *, alpha: int) -> None:
-    """Puts PEFT's LoRA layers in the place of linears, by their paths, and trains A, B and all that is no W."""
+    """Puts PEFT's LoRA layers in the place of linears, by their paths, and trains A, B and, where `Setup.full_rank`
+    says so, all that is no W."""
     peft = imported("peft", "peft")
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(targets))
     peft.inject_adapter_in_model(config, model)  # freezes all but the adapters
     frozen = {f"{path}.base_layer.weight" for path in targets}
     for path, parameter in model.named_parameters():
-        if path not in frozen:
+        if path not in frozen and (setup.full_rank or ".lora_" in path):
             parameter.requires_grad_(True)
     for layer in lora_layers(model):
         if hasattr(layer.base_layer, "compute_dtype"):  # of a quantized W; PEFT has taken it for A and B
@@ -159,15 +160,25 @@ def decompose(weight: Tensor, rank: int, device: str) -> tuple[Tensor, Tensor, T
 def loftq(name: str, setup: Setup, rank: int | None) -> Rival:
     rank = with_peft(rank)
     model = dense_model(setup)
-    targets = linears_of(model)
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    found = {path: decompose(linear.weight.data, rank, setup.device) for path, linear in linears_of(model).items()}
+    return initialized(name, setup, model, found)
+
+
+Initial = tuple[Tensor, Tensor, Tensor]  # of a matrix: W as NF4 shows it (out, in), A (rank, in), B (out, rank)
+
+
+def initialized(name: str, setup: Setup, model: nn.Module, found: Mapping[str, Initial]) -> Rival:
+    """PEFT's adapters as they were found, over W in NF4, of all linears that LoQT adapts; W + B A, without a scale.
+
+    Args:
+        found: by path. W is quantized again, to the same codes and scales: those of its values in float32.
+    """
+    targets, rank = linears_of(model), len(next(iter(found.values()))[1])
     for path, linear in targets.items():
-        shown, a, b = decompose(linear.weight.data, rank, setup.device)
-        factors[path] = a, b
-        linear.weight.data = shown  # float32: what is quantized again to the same codes and scales
+        linear.weight.data = found[path][0]
     freeze_in_nf4(model, targets, setup, double=False)
     adapt(model, targets, rank, setup, alpha=rank)
-    for path, (a, b) in factors.items():
+    for path, (_, a, b) in found.items():
         layer: Any = model.get_submodule(path)
         layer.lora_A["default"].weight.data.copy_(a)
         layer.lora_B["default"].weight.data.copy_(b)

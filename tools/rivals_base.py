@@ -28,7 +28,7 @@ from loqt_ds.core.schedules import LRSchedule
 from loqt_ds.engines.state import random_tensors
 from loqt_ds.evaluation import model_inputs, num_predicted
 from loqt_ds.method import head
-from loqt_ds.method.conversion import build_empty, initializer, target_linears, tie_weights
+from loqt_ds.method.conversion import build_empty, checkpoint_files, initializer, target_linears, tie_weights
 from loqt_ds.method.description import model_description
 from loqt_ds.run import resolve_config
 
@@ -53,6 +53,11 @@ class Setup:
     bf16; without, rivals train bf16 weights with moments in bf16, as their packages do. In fp32 it makes no difference.
     is_large: a refresh of GaLore or APOLLO is not made but measured on one matrix of each shape, because GaLore's, an
     SVD of every matrix, can take ten minutes.
+    start: directory of a checkpoint in full precision, whose weights all start from, in place of drawn ones; the model
+    is then the one its config.json describes, whatever `shape` says, which is its name.
+    full_rank: False freezes embeddings, norms, head and biases, so that what takes the place of the matrices (adapters,
+    LoQT's B) is trained alone.
+    calibration: batches for initializations that look at data (`rivals_initial.py`).
     """
 
     shape: str
@@ -72,12 +77,21 @@ class Setup:
     masters: bool = False
     is_large: bool = False
     seed: int = 0
+    start: str | None = None
+    full_rank: bool = True
+    calibration: tuple[dict[str, Tensor], ...] = field(default=(), compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.start is not None and (self.num_layers is not None or self.vocab_size is not None):
+            raise ValueError(f"start={self.start} has layers and a vocabulary; leave out num_layers and vocab_size")
 
     def config(self, *options: str) -> Config:
         """A run's configuration with this shape, dtype and device. Raises ConfigError for what there is not."""
         shape = self.shape if self.num_layers is None else shape_with_layers(self.shape, self.num_layers)
+        # no text is read by this configuration, but a checkpoint without a tokenizer is refused
+        model = [f"model.shape={shape}"] if self.start is None else [f"model.path={self.start}", "data.tokenizer=none"]
         common = [
-            f"model.shape={shape}",
+            *model,
             f"train.dtype={self.dtype}",
             f"train.device={self.device}",
             f"train.seed={self.seed}",
@@ -485,9 +499,10 @@ def imported(module: str, package: str) -> Any:
 
 @torch.no_grad()
 def dense_model(setup: Setup) -> nn.Module:
-    """transformers' own, with the weights that LoQT draws from this seed, before it quantizes them."""
+    """transformers' own, with the weights that LoQT draws from this seed, or reads, before it quantizes them."""
     model = build_empty(setup.description(), attention=setup.config().model.attention)
-    source, dtype = initializer(setup.seed)(model), setup.dtype_of_weights
+    make_source = initializer(setup.seed) if setup.start is None else checkpoint_files(setup.start)
+    source, dtype = make_source(model), setup.dtype_of_weights
     for path, module in model.named_modules():
         if list(module.named_parameters(recurse=False)):
             for name, drawn in source.module(path, module).items():
@@ -509,9 +524,13 @@ def check_rank(name: str, setup: Setup, rank: int) -> None:
 
 
 def groups(setup: Setup, model: nn.Module) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: the linears that LoQT adapts, or adapters in their place; and the rest."""
+    """Parameter groups for an optimizer: the linears that LoQT adapts, or adapters in their place; and the rest, which
+    is frozen and none where it is not to be trained."""
     chosen = {id(linear.weight) for linear in target_linears(model, "all-linear").values()}
     chosen |= {id(parameter) for path, parameter in model.named_parameters() if ".lora_" in path}
+    if not setup.full_rank:
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in chosen)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [parameter for parameter in trained if id(parameter) in chosen], "lr": setup.lr},
