@@ -459,8 +459,8 @@ def prepare(plan: Plan, say: Callable[[str], None]) -> None:
     """
     suite = plan.suite
     specs = [
-        Spec("adamw", (*data.options, f"data.tokenizer_vocab_size={suite.vocabulary}"), 0.0, 0.0,
-             **{**suite.spec, "shape": suite.scales[0][0]})
+        Spec("adamw", (*data.options, f"data.tokenizer_vocab_size={suite.vocabulary}"),
+             **{"lr": 0.0, "lr_full_rank": 0.0, **suite.spec, "shape": suite.scales[0][0]})
         for data in plan.data.values()
     ]  # fmt: skip
     of_memory = [row.spec for row in plan.rows({}) if row.part == "memory" and row.spec is not None]
