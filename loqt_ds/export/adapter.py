@@ -17,6 +17,7 @@ adapter's directory holds the checksums of the base that it is of.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -195,7 +196,10 @@ def load_adapter(base: nn.Module, adapter_dir: Path) -> nn.Module:
     """
     peft = import_peft()
     try:
-        model = peft.PeftModel.from_pretrained(base, str(adapter_dir))
+        with warnings.catch_warnings():
+            # PEFT asks transformers 5 for activation checkpointing by a name that is being replaced.
+            warnings.filterwarnings("ignore", category=FutureWarning, message=r".*is_gradient_checkpointing")
+            model = peft.PeftModel.from_pretrained(base, str(adapter_dir))
     except Exception as error:  # whatever PEFT raises, the adapter does not load
         raise ExportError(f"PEFT cannot load the adapter {adapter_dir}: {type(error).__name__}: {error}") from error
     return model.eval()

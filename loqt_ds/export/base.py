@@ -152,7 +152,8 @@ def _with_modules(
         # PEFT copies the embedding that the task has trained: the head has to follow it by itself.
         source = next((n for n in tensors if getattr(names[n.rpartition(".")[0]], "weight", 0) is tied_weight), None)
         if source is not None:
-            tensors[f"{tied}.weight"] = tensors[source]
+            bias = {name: tensor.detach() for name, tensor in expected.dense.items() if name == f"{tied}.bias"}
+            tensors |= {f"{tied}.weight": tensors[source], **bias}
             modules = modules | {tied}
     return Contents(tuple(sorted(modules)), tensors, biases or {})
 
@@ -173,7 +174,7 @@ def _other_weight(stored: StoredTensors, name: str, layer: LoQTLinear, weight_fo
     if not theirs:
         return "is not in it"
     if own.keys() != theirs.keys():
-        return "is stored in another format"
+        return f"is stored in another format than {weight_format.label}"
     for key, tensor in own.items():
         if tensor.dtype != theirs[key].dtype or tensor.shape != theirs[key].shape:
             return f"has another shape or dtype ({tuple(theirs[key].shape)}, {theirs[key].dtype})"

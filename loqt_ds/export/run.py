@@ -206,7 +206,7 @@ def export_checkpoint(
     found = find_checkpoint(Path(checkpoint_dir), str(checkpoint_dir), say=say, option="--checkpoint")
     assert found is not None, "a path either holds a checkpoint or raises"
     checkpoint = load_checkpoint(found, verify=False)
-    model, model_config = _rebuild(checkpoint)
+    model, model_config = rebuild(checkpoint)
     model.to(_device())
     say(f"exporting {found} (step {checkpoint.step}) as {format}")
     has_tokenizer = "tokenizer" in checkpoint.manifest["directories"]
@@ -365,7 +365,7 @@ def _units(expected: Expected, reports: list[LayerReport]) -> list[writer.Unit]:
 # ------------------------------------------------------------------------------------------------- from a checkpoint
 
 
-def _rebuild(checkpoint: Checkpoint) -> tuple[nn.Module, Any]:
+def rebuild(checkpoint: Checkpoint) -> tuple[nn.Module, Any]:
     """The trained model on the CPU, its trained parameters replaced by their fp32 masters where there are any."""
     for key in ("model_config", "config"):
         if key not in checkpoint.metadata:

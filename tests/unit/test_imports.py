@@ -39,6 +39,7 @@ LEVELS = {
     "loqt_ds.run": 4.5,
     "loqt_ds.finish": 4.5,
     "loqt_ds.train": 5.0,
+    "loqt_ds.generate": 5.0,
     "loqt_ds": 6.0,  # the façade, loqt_ds/__init__.py: nothing may lean on what it gathers
 }
 

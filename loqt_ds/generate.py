@@ -1,0 +1,248 @@
+"""`python -m loqt_ds.generate --model DIR`: text from what was trained, for a look at it.
+
+DIR is an export (nf4, bf16, or base and adapter), a run directory, or a checkpoint of it (`step_N`). `--adapter` takes
+an adapter over the base DIR. Without `--prompt`, a terminal is asked for prompts one by one, and anything else is read
+to its end as one prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from loqt_ds.data import Tokenizer
+
+USAGE_ERROR = 2
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that writes, and its tokenizer."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    what: str
+    """For the person who asked."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: among the `top_k` most probable at a temperature; temperature 0: the first."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status (2 for whatever the user can put right)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m loqt_ds.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", required=True, type=Path, help="an export, a run directory, or a checkpoint (step_N)"
+    )
+    parser.add_argument("--adapter", type=Path, help="an adapter over the base that --model is")
+    parser.add_argument("--tokenizer", type=Path, help="a tokenizer's directory, where the model has none beside it")
+    parser.add_argument("--prompt", nargs="+", help="texts to continue, each by itself")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens at most (default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0: always the most probable token (default: %(default)s)"
+    )
+    parser.add_argument("--top-k", type=int, default=50, help="sample among this many tokens (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first prompt; the next has the next")
+    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, or cuda:N")
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        _check(options)
+        loaded = load(options.model, options.adapter, options.tokenizer, device=_device(options.device))
+        print(loaded.what, file=sys.stderr)
+        sampling = Sampling(options.max_new_tokens, options.temperature, options.top_k)
+        for number, prompt in enumerate(_prompts(options.prompt)):
+            write(loaded, prompt, sampling, seed=options.seed + number)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises ValueError for what no model can do."""
+    if options.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens={options.max_new_tokens} must be at least 1")
+    if not options.temperature >= 0:
+        raise ValueError(f"--temperature={options.temperature} must be 0 (the most probable token) or above")
+    if options.top_k < 1:
+        raise ValueError(f"--top-k={options.top_k} must be at least 1")
+    if not options.model.is_dir():
+        raise ValueError(f"--model={options.model} is no directory; give an export, a run directory, or a step_N of it")
+
+
+def _device(wanted: str) -> str:
+    import torch
+
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device={wanted}: torch sees no CUDA device; use --device cpu")
+    return wanted
+
+
+def _prompts(given: list[str] | None) -> Iterator[str]:
+    if given is not None:
+        yield from given
+    elif not sys.stdin.isatty():
+        yield sys.stdin.read()
+    else:
+        print("a prompt, and Enter; nothing, and Enter, to end", file=sys.stderr)
+        while True:
+            try:
+                prompt = input("> ")
+            except EOFError:
+                return
+            if not prompt:
+                return
+            yield prompt
+
+
+# ---------------------------------------------------------------- what is loaded
+
+
+def load(model: Path, adapter: Path | None, tokenizer: Path | None, *, device: str) -> Loaded:
+    """The model of an export, a run directory or a checkpoint, on `device`.
+
+    Raises ValueError (of several kinds) where there is none, it cannot be loaded, or it writes no text.
+    """
+    from loqt_ds.export.loading import Parts, find_parts, load_parts
+
+    parts = find_parts(model)
+    if adapter is not None:
+        if parts is None:
+            raise ValueError(f"--adapter needs the base as --model, and {model} is none: give the base's directory")
+        inside = find_parts(adapter)
+        if inside is None or inside.adapter is None:
+            raise ValueError(f"--adapter={adapter} holds no adapter_config.json; give the directory of an adapter")
+        parts = Parts(parts.model, inside.adapter)
+    if parts is None:
+        return _load_checkpoint(model, tokenizer, device=device)
+    found = _tokenizer(tokenizer or parts.model)  # before weights
+    network = _writer(load_parts(parts, device=device), str(model))
+    over = f" with the adapter {parts.adapter}" if parts.adapter is not None else ""
+    return Loaded(network, found, f"{parts.model}{over}, on {device}")
+
+
+def _load_checkpoint(path: Path, tokenizer: Path | None, *, device: str) -> Loaded:
+    from loqt_ds.checkpoint import find_checkpoint, load_checkpoint
+    from loqt_ds.export.run import rebuild
+
+    found = find_checkpoint(path, str(path), say=lambda text: print(text, file=sys.stderr), option="--model")
+    assert found is not None, "a path either holds a checkpoint or raises"
+    checkpoint = load_checkpoint(found, verify=False)
+    if tokenizer is None and "tokenizer" not in checkpoint.manifest["directories"]:
+        raise ValueError(f"{found} holds no tokenizer; give --tokenizer DIR")
+    words = _tokenizer(tokenizer or checkpoint.directory("tokenizer"))
+    model, _ = rebuild(checkpoint)
+    return Loaded(_writer(model.to(device), str(path)), words, f"{found} (step {checkpoint.step}), on {device}")
+
+
+def _tokenizer(directory: Path) -> Tokenizer:
+    from loqt_ds.data import load_tokenizer
+
+    try:
+        return load_tokenizer(str(directory))
+    except ValueError as error:
+        raise ValueError(f"{error} (--tokenizer DIR takes another directory than the model's)") from error
+
+
+def _writer(model: nn.Module, name: str) -> nn.Module:
+    """The model, if it writes text."""
+    can = getattr(model, "can_generate", None)
+    if can is None or not can():
+        raise ValueError(f"--model={name} is a {type(model).__name__}, which writes no text; give a language model")
+    return model.eval()
+
+
+# ---------------------------------------------------------------- what it writes
+
+
+class _Printer:
+    """What transformers' `generate` hands tokens to as they come; prints the text that they add.
+
+    Everything is decoded each time: alone, the first token of a word has lost the space before it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
+        self._tokenizer, self._ids, self._seen_prompt = tokenizer, list(prompt), False
+        self._printed = len(tokenizer.decode(prompt))
+
+    def put(self, value: Tensor) -> None:
+        """The prompt, (1, tokens), and then each token, (1,)."""
+        if not self._seen_prompt:
+            self._seen_prompt = True
+            return
+        self._ids += [index for index in value.reshape(-1).tolist() if index != self._tokenizer.eot_id]
+        text = self._tokenizer.decode(self._ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character whose bytes are not all there
+            self._print(text)
+
+    def end(self) -> None:
+        """After the last token."""
+        self._print(self._tokenizer.decode(self._ids))
+        print(flush=True)
+
+    def _print(self, text: str) -> None:
+        print(text[self._printed :], end="", flush=True)
+        self._printed = len(text)
+
+
+def write(loaded: Loaded, prompt: str, sampling: Sampling, *, seed: int) -> list[int]:
+    """Prints the prompt and what the model adds, as it comes; returns the new ids.
+
+    Raises ValueError for a prompt that is empty, or longer than the model's context.
+    """
+    import torch
+
+    model: Any = loaded.model
+    ids = loaded.tokenizer.encode(prompt)
+    if not ids:
+        ids = [loaded.tokenizer.eot_id]  # what every document of the training data came after
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and len(ids) >= longest:
+        raise ValueError(f"the prompt has {len(ids)} tokens, and the model sees {longest}: shorten it")
+    num_tokens = sampling.max_new_tokens if longest is None else min(sampling.max_new_tokens, longest - len(ids))
+    choice: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature > 0:
+        choice = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
+    tokens = torch.tensor([ids], device=next(model.parameters()).device)
+    torch.manual_seed(seed)
+    print(prompt, end="", flush=True)
+    with torch.no_grad():
+        output = model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=num_tokens,
+            eos_token_id=loaded.tokenizer.eot_id,
+            pad_token_id=loaded.tokenizer.pad_id,
+            streamer=_Printer(loaded.tokenizer, ids),
+            **choice,
+        )
+    new: list[int] = output[0, len(ids) :].tolist()
+    if len(new) == num_tokens < sampling.max_new_tokens:
+        print(f"(ended at the {longest} tokens that the model sees)", file=sys.stderr)
+    return new
+
+
+if __name__ == "__main__":
+    sys.exit(main())
