@@ -36,7 +36,10 @@ def model_inputs(batch: dict[str, Tensor], device: torch.device) -> tuple[dict[s
 
 def num_predicted(batch: dict[str, Tensor]) -> int:
     """How many targets of a batch are predicted: tokens, or rows with a class or a number."""
-    return int((batch["targets"] != head.IGNORED).sum())
+    targets = batch["targets"]
+    if targets.is_floating_point():  # numbers, of which none is left out
+        return len(targets)
+    return int((targets != head.IGNORED).sum())
 
 
 def summed_loss(model: Any, inputs: dict[str, Any], targets: Tensor) -> Tensor:

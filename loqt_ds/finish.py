@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from loqt_ds.core.quantization import BUFFERS
 from loqt_ds.data import Tokenizer
 from loqt_ds.evaluation import Evaluation
 from loqt_ds.export import export_model, load_export
+from loqt_ds.generation import answer_greedily
 from loqt_ds.memory import plan
 from loqt_ds.method.conversion import loqt_layers
 from loqt_ds.run import Run
+from loqt_ds.trainer import ticker
 
 Say = Callable[[str], None]
 
@@ -57,7 +60,7 @@ def finish(run: Run, trained: Evaluation, finished: Finished, *, say: Say) -> No
         sampled = _export(run, trained, finished, say)
     if (frequencies := run.data.summary.get("unigram_loss")) is not None:
         say(f"token frequencies alone: loss {frequencies:.4f}, perplexity {math.exp(frequencies):.2f}")
-    if config.eval.num_samples:
+    if config.eval.num_samples and config.model.task == "causal_lm":
         _say_samples(run, sampled, say)
     _say_onward(run, say)
 
@@ -119,7 +122,7 @@ def _export(run: Run, trained: Evaluation, finished: Finished, say: Say) -> nn.M
     )
     device = run.engine.device
     reloaded = load_export(report.output_dir, device=str(device))
-    result = run.evaluator(reloaded)
+    result = run.evaluator(reloaded, tick=ticker(say))
     run.logger.event(
         "export",
         {
@@ -169,23 +172,45 @@ def sample(
 
 
 def _say_samples(run: Run, model: nn.Module, say: Say) -> None:
-    """Continuations of the first tokens of held-out rows."""
-    options = run.config.eval
-    prompt_length = min(32, max(1, run.config.data.sequence_length // 2))
-    rows = (row for batch in run.data.validation.batches(1) for row in batch["input_ids"])
+    """Continuations of the first tokens of held-out rows; of questions, the answers."""
+    options, tokenizer, device = run.config.eval, run.tokenizer, run.engine.device
     say("")
-    for number, row in zip(range(options.num_samples), rows, strict=False):
-        prompt = [token for token in row[:prompt_length].tolist() if token != run.tokenizer.pad_id]
-        ids = sample(
+    if run.data.questions:
+        prompts = [question.prompt for question in run.data.questions[: options.num_samples]]
+        made = answer_greedily(
             model,
-            run.tokenizer,
+            prompts,
+            max_new_tokens=options.sample_tokens,
+            batch_size=1,
+            eot_id=tokenizer.eot_id,
+            pad_id=tokenizer.pad_id,
+            device=device,
+        )
+        _say_continuations("held-out prompt ⟶ answer", tokenizer, prompts, made, say)
+        return
+    prompt_length = min(32, max(1, run.config.data.sequence_length // 2))
+    rows = islice((row for batch in run.data.validation.batches(1) for row in batch["input_ids"]), options.num_samples)
+    prompts = [[token for token in row[:prompt_length].tolist() if token != tokenizer.pad_id] for row in rows]
+    made = [
+        sample(
+            model,
+            tokenizer,
             prompt,
             num_tokens=options.sample_tokens,
             seed=run.config.train.seed + number,
-            device=run.engine.device,
+            device=device,
         )
-        say(f"--- sample {number + 1}: held-out text ⟶ continuation")
-        say(f"{run.tokenizer.decode(prompt)} ⟶ {run.tokenizer.decode(ids)}")
+        for number, prompt in enumerate(prompts)
+    ]
+    _say_continuations("held-out text ⟶ continuation", tokenizer, prompts, made, say)
+
+
+def _say_continuations(
+    what: str, tokenizer: Tokenizer, prompts: list[list[int]], continuations: list[list[int]], say: Say
+) -> None:
+    for number, (prompt, ids) in enumerate(zip(prompts, continuations, strict=True), start=1):
+        say(f"--- sample {number}: {what}")
+        say(f"{tokenizer.decode(prompt)} ⟶ {tokenizer.decode(ids)}")
 
 
 def _say_onward(run: Run, say: Say) -> None:

@@ -31,6 +31,7 @@ from loqt_ds.engines.base import Engine
 from loqt_ds.engines.single import SingleEngine
 from loqt_ds.evaluation import Evaluator
 from loqt_ds.failures import Voice
+from loqt_ds.gsm8k import ExactMatch, check_references
 from loqt_ds.memory import Asker, check_fits, device_bytes, needs_lean, zero_of
 from loqt_ds.method import compiled, head, lean
 from loqt_ds.method.conversion import (
@@ -123,6 +124,7 @@ def prepare(
 
     as_given = config
     config = ranks.attempt(lambda: resolve_steps(config, data, ranks.world_size, checkpoint, say=say))
+    evaluator = ranks.attempt(lambda: build_evaluator(config, tokenizer, data, model_config, device, say=say))
 
     directory, lock = _claim(config, chosen, ranks)
     voice.directory = directory
@@ -144,7 +146,6 @@ def prepare(
         is_main=ranks.is_main,
         resumed_step=None if checkpoint is None else checkpoint.step,
     )
-    evaluator = build_evaluator(config, tokenizer, data, device)
     trainer = Trainer(
         config,
         engine,
@@ -273,15 +274,31 @@ def resolve_steps(
     return config
 
 
-def build_evaluator(config: Config, tokenizer: Tokenizer, data: DataBundle, device: torch.device) -> Evaluator:
-    """How this run evaluates."""
+def build_evaluator(
+    config: Config, tokenizer: Tokenizer, data: DataBundle, model_config: Any, device: torch.device, *, say: Say
+) -> Evaluator:
+    """How this run evaluates. Raises DataError where held-out responses cannot be what eval.metric asks for."""
+    options = config.eval
+    batch_size = options.micro_batch_size or config.train.micro_batch_size
+    answers = None
+    if options.metric == "exact_match":
+        check_references(data.questions)
+        answers = ExactMatch(
+            data.questions[: options.max_examples],
+            tokenizer,
+            device,
+            batch_size,
+            options.max_new_tokens,
+            getattr(model_config, "max_position_embeddings", None),
+        )
+        say(f"eval.metric=exact_match: {len(answers.questions)} of {len(data.questions)} held-out prompts are answered")
+        if answers.num_without_room:
+            say(
+                f"{answers.num_without_room} of them leave no room for {options.max_new_tokens} tokens "
+                f"(eval.max_new_tokens) in the model's {answers.max_length}: they count as answered wrongly"
+            )
     return Evaluator(
-        data.validation,
-        config.eval.micro_batch_size or config.train.micro_batch_size,
-        device,
-        config.eval.max_tokens,
-        config.model.task,
-        scorer=data.scorer,
+        data.validation, batch_size, device, options.max_tokens, config.model.task, scorer=data.scorer, answers=answers
     )
 
 

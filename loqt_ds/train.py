@@ -1,7 +1,8 @@
 """Command line: `python -m loqt_ds.train [--config RECIPE] [section.field=value ...]`.
 
 Parse, build, train, finish. `launch/pretrain.py` calls the same `main` with a DeepSpeed configuration, in as many
-processes as its launcher starts. What goes wrong is caught here and nowhere else (see `failures`).
+processes as its launcher starts; `launch/finetune.py` with one or without, for recipes whose data are examples. What
+goes wrong is caught here and nowhere else (see `failures`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from loqt_ds.config import Config, help_text, load_config
+from loqt_ds.config import Config, ConfigError, help_text, load_config
 
 if TYPE_CHECKING:
     from loqt_ds.failures import Voice
@@ -49,11 +50,17 @@ def _num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def parse(arguments: Sequence[str] | None, *, deepspeed: bool) -> argparse.Namespace:
-    """--config, overrides, and --ds_config where DeepSpeed runs."""
+def parse(arguments: Sequence[str] | None, *, deepspeed: bool, finetune: bool = False) -> argparse.Namespace:
+    """--config, overrides, and --ds_config: required where DeepSpeed runs, optional for fine-tuning."""
+    what = "Train a language model with LoQT: 4-bit weights, low-rank factors, merged at growing intervals."
+    if finetune:
+        what = (
+            "Fine-tune a model on prompts and responses, or on classes, with LoQT; on one device without --ds_config."
+        )
+    program = "finetune" if finetune else "pretrain"
     parser = argparse.ArgumentParser(
-        prog="launch/pretrain.py" if deepspeed else "python -m loqt_ds.train",
-        description="Train a language model with LoQT: 4-bit weights, low-rank factors, merged at growing intervals.",
+        prog=f"launch/{program}.py" if deepspeed or finetune else "python -m loqt_ds.train",
+        description=what,
         epilog=help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -62,8 +69,10 @@ def parse(arguments: Sequence[str] | None, *, deepspeed: bool) -> argparse.Names
         default="default",
         help="a recipe: a name in configs/recipes/ or the path of a YAML file (default: %(default)s)",
     )
-    if deepspeed:
-        parser.add_argument("--ds_config", required=True, help="DeepSpeed configuration, such as configs/zero2.json")
+    if deepspeed or finetune:
+        parser.add_argument(
+            "--ds_config", required=deepspeed, help="DeepSpeed configuration, such as configs/zero2.json"
+        )
         # The environment says the same, and torchrun says it there only.
         parser.add_argument("--local_rank", "--local-rank", type=int, help="given by the deepspeed launcher; not read")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="options of the recipe to change")
@@ -81,23 +90,28 @@ def _only_the_first_speaks() -> Iterator[None]:
         yield
 
 
-def main(arguments: Sequence[str] | None = None, *, deepspeed: bool = False) -> int:
-    """Returns the exit status: 0, 1 (training failed), 2 (a mistake in the request), 128 + n (signal n).
+def main(arguments: Sequence[str] | None = None, *, deepspeed: bool = False, finetune: bool = False) -> int:
+    """`deepspeed`: with --ds_config; `finetune`: with or without, and data that are examples.
+
+    Returns the exit status: 0, 1 (training failed), 2 (a mistake in the request), 128 + n (signal n).
 
     One of several processes does not return if the run fails, on it or another; it exits with that status.
     """
-    options = parse(arguments, deepspeed=deepspeed)
+    options = parse(arguments, deepspeed=deepspeed, finetune=finetune)
+    deepspeed = getattr(options, "ds_config", None) is not None
     set_environment()
     from loqt_ds.stopping import sigterm_raises
 
     if not deepspeed and _num_processes() > 1:
         with _only_the_first_speaks():
-            text = f"WORLD_SIZE={_num_processes()}: `python -m loqt_ds.train` runs in one process; start one, or "
-            print(f"error: {text}launch/pretrain.py with --ds_config in several", file=sys.stderr)
+            what = "launch/finetune.py without --ds_config" if finetune else "`python -m loqt_ds.train`"
+            several = "give --ds_config" if finetune else "launch/pretrain.py with --ds_config in several"
+            text = f"WORLD_SIZE={_num_processes()}: {what} runs in one process; start one, or {several}"
+            print(f"error: {text}", file=sys.stderr)
         return USAGE_ERROR
     with sigterm_raises():
         try:
-            config, problem = _read(options)
+            config, problem = _read(options, finetune=finetune)
             if problem is not None and _num_processes() == 1:
                 raise problem  # at once: joining loads DeepSpeed
             voice = _join(config, deepspeed=deepspeed)
@@ -120,10 +134,16 @@ def _signal_of(error: KeyboardInterrupt) -> signal.Signals:
     return signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
 
 
-def _read(options: argparse.Namespace) -> tuple[Config, Exception | None]:
+def _read(options: argparse.Namespace, *, finetune: bool) -> tuple[Config, Exception | None]:
     """The configuration, or what is wrong with it: to be told once all processes can hear it."""
     try:
-        return load_config(options.config, options.overrides), None
+        config = load_config(options.config, options.overrides)
+        if finetune and config.data.format == "text":
+            raise ConfigError(
+                f"launch/finetune.py with data.format=text of --config {options.config}: it trains on examples; give a "
+                "recipe with data.format=instruction or classification, or use launch/pretrain.py"
+            )
+        return config, None
     except (ValueError, OSError) as error:
         return Config(), error
 

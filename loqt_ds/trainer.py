@@ -221,23 +221,11 @@ class Trainer:
 
     def _evaluate(self) -> Evaluation:
         with self._window.paused():
-            result = self._evaluator(self._engine.network, ranks=self._ranks, tick=self._ticker())
+            result = self._evaluator(self._engine.network, ranks=self._ranks, tick=ticker(self._logger.say))
             step = self._engine.step_index
             self._logger.event("eval", {"step": step, **result.record()})
             self._logger.say(f"step {step}: {result.describe()} ({result.num_tokens:,} {result.unit})")
         return result
-
-    def _ticker(self) -> Callable[[int, int], None]:
-        """Says now and then how far an evaluation is that takes long."""
-        said = time.monotonic()
-
-        def tick(done: int, total: int) -> None:
-            nonlocal said
-            if time.monotonic() - said > TICK_SECONDS:
-                said = time.monotonic()
-                self._logger.say(f"evaluating: {done} of {total} answers")
-
-        return tick
 
     def _evaluate_and_select(self) -> Evaluation:
         """An evaluation among which the best is looked for; saves that, with checkpoint.best."""
@@ -413,6 +401,19 @@ class HostNumber:
         if self._event is not None:
             self._event.synchronize()
         return float(self._value)
+
+
+def ticker(say: Callable[[str], None]) -> Callable[[int, int], None]:
+    """Says now and then how far an evaluation is that takes long: (answered, of how many)."""
+    said = time.monotonic()
+
+    def tick(done: int, total: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > TICK_SECONDS:
+            said = time.monotonic()
+            say(f"evaluating: {done} of {total} prompts are answered")
+
+    return tick
 
 
 def peak_memory_gib(device: torch.device) -> float:

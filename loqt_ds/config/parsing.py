@@ -208,8 +208,8 @@ def _override_value(text: str, hint: Any, where: str) -> Any:
         if not _accepts(hint, str):
             raise ConfigError(f"{where}={text!r} is not valid YAML; give {describe_type(hint)}") from error
         value = text
-    if _accepts(hint, str) and not _accepts(hint, int) and not isinstance(value, str | list | dict | None):
-        value = text  # `name=0017` is the text 0017, not the octal number YAML makes of it
+    if _accepts(hint, str) and not _accepts(hint, int) and not isinstance(value, str | list | None):
+        value = text  # `name=0017` is not the octal number YAML makes of it, `Question: {prompt}` no mapping
     return value
 
 

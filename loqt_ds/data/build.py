@@ -35,6 +35,8 @@ class DataBundle:
     summary: dict[str, Any]
     scorer: Callable[[], Any] | None = None
     """Makes an `evaluation.Scorer` for each evaluation, where the data say how outputs are scored."""
+    questions: tuple[Any, ...] = ()
+    """Held-out prompts to be answered, `instruction.Question`s."""
 
 
 def build_data(

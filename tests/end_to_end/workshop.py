@@ -126,14 +126,14 @@ def as_yaml(value: Any) -> str:
     return str(value)
 
 
-def main(arguments: list[str], *, deepspeed: bool = False) -> Result:
+def main(arguments: list[str], *, deepspeed: bool = False, finetune: bool = False) -> Result:
     """The command line in this process; what it prints is caught."""
     from loqt_ds.train import main as command_line
 
     output, errors = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         try:
-            status = command_line(arguments, deepspeed=deepspeed)
+            status = command_line(arguments, deepspeed=deepspeed, finetune=finetune)
         except SystemExit as exit_:  # argparse
             status = int(exit_.code or 0)
     output.flush()

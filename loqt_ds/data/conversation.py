@@ -1,0 +1,162 @@
+"""Rows of prompts and responses, or of conversations, as text in stretches: what is given, and what is to be learned.
+
+A stretch ends where its text does, so that a prompt is tokenized by itself: exactly as it will be when the model has to
+go on from it. Of a conversation every assistant's message is a response; the chat template writes roles and separators
+around the messages, and what it writes after an assistant's message (its end marker) belongs to the response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from loqt_ds.data.errors import DataError
+from loqt_ds.data.files import check_text
+from loqt_ds.data.tokenizer import Tokenizer
+
+ROLES = ("system", "user", "assistant")
+
+
+class Stretch(NamedTuple):
+    """A part of an example's text. is_response: to be learned."""
+
+    text: str
+    is_response: bool
+
+
+class Example(NamedTuple):
+    """stretches: prompt and response by turns, a response last; empty where prompt or response is. response: the last
+    one as it stands in the data. where: for messages."""
+
+    stretches: tuple[Stretch, ...]
+    response: str
+    where: str
+
+
+class Reader:
+    """Makes examples of rows as `config.data` says.
+
+    Raises DataError for a chat template that is needed and not there, or cannot be read.
+    """
+
+    def __init__(self, data: Any, tokenizer: Tokenizer) -> None:
+        self._data, self._tokenizer = data, tokenizer
+        self.is_chat = data.messages_field is not None or data.chat_template is not None
+        """Whether a chat template writes the text, with all special tokens that a text begins with."""
+        self._template = data.prompt_template or "{prompt}"
+        self._chat_template: str | None = None
+        if data.chat_template is not None:
+            self._chat_template = _read_template(data.chat_template)
+        elif self.is_chat:
+            self._chat_template = _own_template(data, tokenizer)
+
+    def example(self, row: Mapping[str, Any], where: str) -> Example:
+        """Raises DataError for columns that there are not, and for what is no text or no conversation."""
+        data = self._data
+        if data.messages_field is not None:
+            messages = self._messages(row, where)
+        else:
+            prompt = self._text(row, "prompt_field", where)
+            response = self._text(row, "response_field", where)
+            if not prompt.strip() or not response.strip():
+                return Example((), response, where)
+            if not self.is_chat:
+                stretches = (Stretch(self._template.replace("{prompt}", prompt), False), Stretch(response, True))
+                return Example(stretches, response, where)
+            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        return self._conversation(messages, where)
+
+    def _field(self, row: Mapping[str, Any], option: str, where: str) -> Any:
+        name = getattr(self._data, option)
+        if name not in row:
+            raise DataError(
+                f"data.{option}={name}: {where} has no such column; it has: {', '.join(map(repr, row)) or 'none'}"
+            )
+        return row[name]
+
+    def _text(self, row: Mapping[str, Any], option: str, where: str) -> str:
+        value = self._field(row, option, where)
+        if value is not None and not isinstance(value, str):
+            raise DataError(
+                f"data.{option}={getattr(self._data, option)}: {where} holds a {type(value).__name__} there, not a "
+                f"string; name a column that holds text"
+            )
+        check_text(value or "", where)
+        return value or ""
+
+    def _messages(self, row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
+        value = self._field(row, "messages_field", where)
+        option = f"data.messages_field={self._data.messages_field}"
+        if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
+            raise DataError(f"{option}: {where} holds no list of messages there; each is {{role, content}}")
+        messages = []
+        for number, message in enumerate(value, start=1):
+            role, content = message.get("role"), message.get("content")
+            if role not in ROLES or not isinstance(content, str):
+                raise DataError(
+                    f"{option}: {where}, message {number} has the role {role!r} and content of type "
+                    f"{type(content).__name__}; roles are {', '.join(ROLES)}, content is a string"
+                )
+            check_text(content, where)
+            messages.append({"role": role, "content": content})
+        return messages
+
+    def _conversation(self, messages: list[dict[str, str]], where: str) -> Example:
+        """Without a response after the last user's message, and where a response is empty, there is no example."""
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        is_complete = bool(messages) and messages[0]["role"] != "assistant" and messages[-1]["role"] == "assistant"
+        if not is_complete or not all(answer.strip() for answer in answers):
+            return Example((), answers[-1] if answers else "", where)
+        stretches: list[Stretch] = []
+        written = ""
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            for upto, is_response in ((number, False), (number + 1, True)):
+                text = self._render(messages[:upto], where, opens_answer=not is_response)
+                if not text.startswith(written):
+                    raise DataError(
+                        f"{where}: the chat template writes message {upto} in another way once others follow it, so "
+                        "that what is learned is not what the model will see; give data.chat_template one that does "
+                        "not, or conversations of one question and one answer"
+                    )
+                stretches.append(Stretch(text[len(written) :], is_response))
+                written = text
+        return Example(tuple(stretches), answers[-1], where)
+
+    def _render(self, messages: list[dict[str, str]], where: str, *, opens_answer: bool) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            text = self._tokenizer.hf.apply_chat_template(
+                messages, chat_template=self._chat_template, tokenize=False, add_generation_prompt=opens_answer
+            )
+        except TemplateError as error:
+            raise DataError(
+                f"{where}: the chat template cannot write this conversation ({error}); correct the row or "
+                f"data.chat_template"
+            ) from error
+        return str(text)
+
+
+def _read_template(name: str) -> str:
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"data.chat_template={name} cannot be read ({error.strerror}); give a Jinja file") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"data.chat_template={name} is not UTF-8 ({error.reason}); save it as UTF-8") from error
+    if not text.strip():
+        raise DataError(f"data.chat_template={name} is empty; give a Jinja template")
+    return text
+
+
+def _own_template(data: Any, tokenizer: Tokenizer) -> str:
+    try:
+        return str(tokenizer.hf.get_chat_template())
+    except (ValueError, AttributeError) as error:
+        raise DataError(
+            f"data.messages_field={data.messages_field}: the tokenizer {tokenizer.name} has no chat template; give "
+            "data.chat_template, a file with one"
+        ) from error

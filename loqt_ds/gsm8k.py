@@ -1,0 +1,97 @@
+"""Exact match, as GSM8K is scored: the number after the last `####` of an answer is that of the reference.
+
+(Cobbe et al., Training Verifiers to Solve Math Word Problems, arXiv 2110.14168, whose data close each solution with
+`#### 1,234`.) Numbers are compared as numbers: 1,234 is 1234.00, $5 is 5, a full stop at the end is none of it. An
+answer without `####`, or without a number after it, is wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+import torch
+
+from loqt_ds.data import DataError, Tokenizer
+from loqt_ds.data.instruction import Question
+from loqt_ds.evaluation import Tick
+from loqt_ds.generation import answer_greedily
+from loqt_ds.ranks import Ranks
+
+MARK = "####"
+# A sign (also U+2212), a currency, digits in groups or in a row, decimals.
+_NUMBER = re.compile(r"([-+\u2212]?)\s*[$€£]?\s*([-+\u2212]?)((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
+
+
+def final_number(text: str) -> Decimal | None:
+    """The first number after the last `####`; None where there is none."""
+    _, mark, after = text.rpartition(MARK)
+    found = _NUMBER.search(after) if mark else None
+    if found is None:
+        return None
+    before, behind, digits = found.groups()
+    number = Decimal(digits.replace(",", ""))
+    return -number if (before or behind) in ("-", "\u2212") else number
+
+
+def is_exact_match(answer: str, reference: str) -> bool:
+    """Whether the answer has the reference's final number."""
+    wanted = final_number(reference)
+    return wanted is not None and final_number(answer) == wanted
+
+
+@dataclass(frozen=True)
+class ExactMatch:
+    """Answers questions and counts the exact matches; what `Evaluator.answers` is.
+
+    questions: those that are answered. max_length: tokens that the model can see; a prompt that leaves no room for an
+    answer counts as answered wrongly.
+    """
+
+    questions: Sequence[Question]
+    tokenizer: Tokenizer
+    device: torch.device
+    batch_size: int
+    max_new_tokens: int
+    max_length: int | None = None
+
+    def __call__(self, model: Any, ranks: Ranks, tick: Tick | None = None) -> dict[str, float]:
+        """{"exact_match": share of the questions}, the same on all ranks. Collective: each answers a part."""
+        own = [question for question in self.questions[ranks.rank :: ranks.world_size] if self._has_room(question)]
+        answers = answer_greedily(
+            model,
+            [question.prompt for question in own],
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            eot_id=self.tokenizer.eot_id,
+            pad_id=self.tokenizer.pad_id,
+            device=self.device,
+            tick=None if tick is None else self._tick(tick, len(own)),
+        )
+        texts = map(self.tokenizer.decode, answers)
+        own_right = sum(is_exact_match(text, question.response) for text, question in zip(texts, own, strict=True))
+        (num_right,) = ranks.sum_numbers(own_right)
+        return {"exact_match": num_right / len(self.questions)}
+
+    def _tick(self, tick: Tick, num_own: int) -> Callable[[int], None]:
+        return lambda done: tick(done, num_own)
+
+    def _has_room(self, question: Question) -> bool:
+        return self.max_length is None or len(question.prompt) + self.max_new_tokens <= self.max_length
+
+    @property
+    def num_without_room(self) -> int:
+        return sum(not self._has_room(question) for question in self.questions)
+
+
+def check_references(questions: Sequence[Question]) -> None:
+    """Raises DataError if there is nothing to compare with: a response has no final number."""
+    without = [question for question in questions if final_number(question.response) is None]
+    if without:
+        raise DataError(
+            f"eval.metric=exact_match: {len(without)} of {len(questions)} held-out responses have no number after "
+            f"{MARK}, the first {without[0].where}; correct them, or use eval.metric=loss"
+        )
