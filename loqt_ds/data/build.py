@@ -11,7 +11,8 @@ from loqt_ds.data.batches import Collate, Sequence, StoredSequence, TrainBatches
 from loqt_ds.data.cache import Say, cache_directory
 from loqt_ds.data.corpus import Corpus, Counts, Split, content_digest
 from loqt_ds.data.errors import DataError
-from loqt_ds.data.packing import collate, make_rows
+from loqt_ds.data.masking import MaskedRows, MaskedSequence, Masker, collate_masked, masker_of
+from loqt_ds.data.packing import Rows, collate, make_rows
 from loqt_ds.data.streaming import StreamSequence
 from loqt_ds.data.token_store import TokenStore, in_memory, token_store, unigram_loss
 from loqt_ds.data.tokenizer import Tokenizer, num_workers
@@ -70,16 +71,17 @@ def _stored(config: Any, corpus: Corpus, tokenizer: Tokenizer, rank: int, world_
     cache = cache_directory(data.cache_dir)
     workers = num_workers(data.num_processes)
     split = corpus.survey(cache, say)
+    masker = _masker(config, tokenizer)
     held_out = token_store(corpus, "validation", split, tokenizer, cache=cache, workers=workers, say=say)
-    validation = _validation(config, corpus, held_out, tokenizer)
+    validation = _validation(config, corpus, held_out, tokenizer, masker)
     store = token_store(corpus, "train", split, tokenizer, cache=cache, workers=workers, say=say)
-    rows = make_rows(store, data.sequence_length, data.packing)
+    rows = _rows(config, store, masker)
     needed = _rows_needed(config, world_size)
     if data.packing == "packed":
-        _require(config, corpus, len(store.tokens), needed * data.sequence_length + 1, "tokens", world_size)
+        _require(config, corpus, len(store.tokens), needed * _row_length(config, masker) + 1, "tokens", world_size)
     else:
         _require(config, corpus, len(rows), needed, "documents", world_size)
-    sequence = StoredSequence(rows, shuffle=data.shuffle, seed=config.train.seed)
+    sequence = _masked(StoredSequence(rows, shuffle=data.shuffle, seed=config.train.seed), config, masker)
     identity = {"corpus": corpus.key(cache), "num_rows": len(rows), **_identity(config, tokenizer)}
     summary = {
         "num_documents": store.met.num_documents,
@@ -100,15 +102,16 @@ def _stored(config: Any, corpus: Corpus, tokenizer: Tokenizer, rank: int, world_
 
 def _streamed(config: Any, corpus: Corpus, tokenizer: Tokenizer, rank: int, world_size: int, say: Say) -> DataBundle:
     data = config.data
+    masker = _masker(config, tokenizer)
     split, held_out = _stream_held_out(config, corpus, tokenizer, say)
-    validation = _validation(config, corpus, held_out, tokenizer)
+    validation = _validation(config, corpus, held_out, tokenizer, masker)
 
     def sequence() -> StreamSequence:
         return StreamSequence(
             corpus,
             split,
             tokenizer,
-            sequence_length=data.sequence_length,
+            sequence_length=_row_length(config, masker),
             packing=data.packing,
             shuffle=data.shuffle,
             seed=config.train.seed,
@@ -116,11 +119,11 @@ def _streamed(config: Any, corpus: Corpus, tokenizer: Tokenizer, rank: int, worl
 
     met = Counts()
     beginning = in_memory(_beginning(corpus, split, met), tokenizer, workers=num_workers(data.num_processes))
-    rows = make_rows(beginning, data.sequence_length, data.packing)
+    rows = _rows(config, beginning, masker)
     needed = _rows_needed(config, world_size)
     # Perhaps only the beginning is too short: a global batch may be larger than it.
     amount = len(beginning.tokens) if data.packing == "packed" else len(rows)
-    needed = needed * data.sequence_length + 1 if data.packing == "packed" else needed
+    needed = needed * _row_length(config, masker) + 1 if data.packing == "packed" else needed
     if amount < needed:
         amount = _streamed_amount(sequence(), needed, data.packing)
     _require(config, corpus, amount, needed, "tokens" if data.packing == "packed" else "documents", world_size)
@@ -139,7 +142,8 @@ def _streamed(config: Any, corpus: Corpus, tokenizer: Tokenizer, rank: int, worl
         "vocab_size": tokenizer.vocab_size,
     }
     _say_summary(corpus, summary, say)
-    return DataBundle(_batches(config, sequence(), identity, tokenizer, rank, world_size), validation, summary)
+    batches = _batches(config, _masked(sequence(), config, masker), identity, tokenizer, rank, world_size)
+    return DataBundle(batches, validation, summary)
 
 
 def _streamed_amount(sequence: StreamSequence, enough: int, packing: str) -> int:
@@ -177,15 +181,43 @@ def _stream_held_out(config: Any, corpus: Corpus, tokenizer: Tokenizer, say: Say
     return replace(split, held_out=digests), in_memory(iter(texts), tokenizer)
 
 
-def _validation(config: Any, corpus: Corpus, store: TokenStore, tokenizer: Tokenizer) -> ValidationSet:
+def _masker(config: Any, tokenizer: Tokenizer) -> Masker | None:
+    """What hides tokens, where hidden tokens are what is predicted."""
+    if config.model.task != "masked_lm":
+        return None
+    masker, length = masker_of(tokenizer), config.data.sequence_length
+    if length <= masker.num_around:
+        raise DataError(
+            f"data.sequence_length={length} leaves no room between the {masker.num_around} special tokens of a row; "
+            f"use at least {masker.num_around + 1}"
+        )
+    return masker
+
+
+def _row_length(config: Any, masker: Masker | None) -> int:
+    """Tokens of text in a row."""
+    return int(config.data.sequence_length) - (masker.num_around if masker else 0)
+
+
+def _rows(config: Any, store: TokenStore, masker: Masker | None) -> Rows:
+    return make_rows(store, _row_length(config, masker), config.data.packing)
+
+
+def _masked(sequence: Sequence, config: Any, masker: Masker | None) -> Sequence:
+    return MaskedSequence(sequence, masker, seed=config.train.seed) if masker else sequence
+
+
+def _validation(
+    config: Any, corpus: Corpus, store: TokenStore, tokenizer: Tokenizer, masker: Masker | None
+) -> ValidationSet:
     data = config.data
-    rows = make_rows(store, data.sequence_length, data.packing)
+    rows = _rows(config, store, masker)
     if rows.num_predicted < 1:
         raise DataError(
             f"data.validation_fraction={data.validation_fraction} holds out no text of {corpus.option}; raise it, give "
             f"more data, or set data.validation_path"
         )
-    return ValidationSet(rows, collate=_collate(config, tokenizer))
+    return ValidationSet(MaskedRows(rows, masker) if masker else rows, collate=_collate(config, tokenizer))
 
 
 def _batches(
@@ -203,6 +235,8 @@ def _batches(
 
 def _collate(config: Any, tokenizer: Tokenizer) -> Collate:
     data = config.data
+    if config.model.task == "masked_lm":
+        return partial(collate_masked, sequence_length=data.sequence_length, pad_id=tokenizer.pad_id)
     return partial(
         collate,
         sequence_length=data.sequence_length,

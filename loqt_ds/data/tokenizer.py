@@ -7,6 +7,8 @@ escaping is switched off, U+2581 itself then being spelled in bytes. A newline i
 than unigram because it trains ten times faster (3 s against 36 s on 2 cores for 12.6 million characters), compresses
 as well (3.12 against 3.06 characters a token on the standard library) and has a `tokenizers` twin with identical ids.
 
+For model.task=masked_lm the trained one is BERT's kind instead (see `wordpiece`), which has a token to mask with.
+
 `.save` writes what `AutoTokenizer.from_pretrained` loads, and checks it against the ids used in training.
 """
 
@@ -16,7 +18,7 @@ import io
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -26,6 +28,7 @@ from loqt_ds.data import spm_fast
 from loqt_ds.data.cache import Say, cache_directory, entry, hash_of
 from loqt_ds.data.corpus import Corpus, Split, content_digest, split_hash
 from loqt_ds.data.errors import DataError
+from loqt_ds.data.wordpiece import train_wordpiece
 
 SAMPLE_CHARACTERS = 16_000_000  # training text; more does not change a few thousand pieces
 _VERSION = 1
@@ -164,12 +167,14 @@ class TransformersTokenizer(Tokenizer):
         self.name = name
         self._hf = hf
         self.vocab_size = len(hf)
-        if hf.eos_token_id is None:
+        # An encoder's separates by sep_token, and may have no eos_token.
+        end = hf.sep_token_id if hf.eos_token_id is None else hf.eos_token_id
+        if end is None:
             raise DataError(
                 f"data.tokenizer={name} has no end-of-text token (eos_token), which separates documents; set eos_token "
                 f"in its tokenizer_config.json, or use another"
             )
-        self.eot_id = int(hf.eos_token_id)
+        self.eot_id = int(end)
         self.pad_id = int(hf.pad_token_id) if hf.pad_token_id is not None else self.eot_id
         backend = hf.backend_tokenizer.to_str() if hf.is_fast else sorted(hf.get_vocab().items())
         self.fingerprint = hash_of([_VERSION, type(hf).__name__, backend, bool(hf.split_special_tokens)])
@@ -254,7 +259,7 @@ def _sentencepiece_file(path: Path, say: Say) -> SentencePieceTokenizer:
     return tokenizer
 
 
-def _trained(config: Any, say: Say) -> SentencePieceTokenizer:
+def _trained(config: Any, say: Say) -> Tokenizer:
     data = config.data
     cache = cache_directory(data.cache_dir)
     corpus = Corpus(data, say)
@@ -267,21 +272,35 @@ def _trained(config: Any, say: Say) -> SentencePieceTokenizer:
         split = corpus.survey(cache, say)
         sample = []
         content = corpus.key(cache)
+
+    def texts() -> list[str]:
+        found = sample or list(_sample(corpus, split))
+        if not any(text.strip("\n") for text in found):
+            raise DataError(
+                f"{corpus.option} holds no text to train a tokenizer from (documents identical to held-out ones are "
+                "kept out of training); set data.tokenizer, or give more text"
+            )
+        say(f"training a tokenizer of {size} pieces from {sum(map(len, found)) / 1e6:.1f} million characters")
+        return found
+
+    name = f"trained from {corpus.option}"
+    if config.model.task == "masked_lm":
+        return _trained_wordpiece(cache, content, size, texts, name, say)
+    return _trained_sentencepiece(cache, content, size, texts, name, num_workers(data.num_processes), say)
+
+
+def _trained_sentencepiece(
+    cache: Path, content: str, size: int, texts: Callable[[], list[str]], name: str, workers: int, say: Say
+) -> SentencePieceTokenizer:
     import sentencepiece
 
     key = hash_of([_VERSION, sentencepiece.__version__, content, size, SAMPLE_CHARACTERS, _TRAINER])
 
     def build(directory: Path) -> None:
-        texts = sample or list(_sample(corpus, split))
-        if not any(text.strip("\n") for text in texts):
-            raise DataError(
-                f"{corpus.option} holds no text to train a tokenizer from (documents identical to held-out ones are "
-                "kept out of training); set data.tokenizer, or give more text"
-            )
-        say(f"training a tokenizer of {size} pieces from {sum(map(len, texts)) / 1e6:.1f} million characters")
-        model = train_sentencepiece(texts, size, workers=num_workers(data.num_processes))
+        found = texts()
+        model = train_sentencepiece(found, size, workers=workers)
         tokenizer = SentencePieceTokenizer(model, "trained", trained_here=True)
-        checked = [text[:4000] for text in texts[:: max(1, len(texts) // 100)]]
+        checked = [text[:4000] for text in found[:: max(1, len(found) // 100)]]
         if any(tokenizer.decode(tokenizer.encode(text)) != text for text in checked):
             raise AssertionError("the trained tokenizer does not give back the text it was given")
         tokenizer.save(directory / "check", texts=checked, say=say)
@@ -290,9 +309,22 @@ def _trained(config: Any, say: Say) -> SentencePieceTokenizer:
         (directory / "check").rmdir()
         (directory / "sentencepiece.model").write_bytes(model)
 
-    directory = entry(cache, "tokenizers", key, build, say)
-    model = (directory / "sentencepiece.model").read_bytes()
-    return SentencePieceTokenizer(model, f"trained from {corpus.option}", trained_here=True)
+    model = (entry(cache, "tokenizers", key, build, say) / "sentencepiece.model").read_bytes()
+    return SentencePieceTokenizer(model, name, trained_here=True)
+
+
+def _trained_wordpiece(
+    cache: Path, content: str, size: int, texts: Callable[[], list[str]], name: str, say: Say
+) -> TransformersTokenizer:
+    import tokenizers
+    from transformers import AutoTokenizer
+
+    key = hash_of([_VERSION, "wordpiece", tokenizers.__version__, content, size, SAMPLE_CHARACTERS])
+
+    def build(directory: Path) -> None:
+        train_wordpiece(texts(), size).save_pretrained(str(directory))
+
+    return TransformersTokenizer(AutoTokenizer.from_pretrained(entry(cache, "tokenizers", key, build, say)), name)
 
 
 def _sample(corpus: Corpus, split: Split) -> Iterator[str]:
