@@ -311,11 +311,14 @@ class LoggingConfig:
 
 @dataclass
 class ExportConfig:
-    """The merged model written at the end of the run."""
+    """What is written at the end of the run."""
 
-    format: Literal["nf4", "bf16", "none"] = "nf4"
-    """nf4: merged and quantized in bitsandbytes' format, which transformers loads; bf16: merged and dense; none: no
-    export."""
+    format: Literal["nf4", "bf16", "adapter", "gguf", "none"] = "nf4"
+    """nf4: merged and quantized in bitsandbytes' format, which transformers loads; bf16: merged and dense; adapter: not
+    merged, P and B for PEFT over the frozen base; gguf: merged, one bf16 file for llama.cpp; none: no export."""
+    base: str | None = None
+    """With export.format=adapter: a base of an earlier export (its directory base), over which only the adapter is
+    written; null: the run writes a base of its own."""
 
 
 @dataclass

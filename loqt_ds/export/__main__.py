@@ -1,4 +1,4 @@
-"""`python -m loqt_ds.export --checkpoint DIR --format nf4|bf16|adapter --output DIR`: export a training checkpoint."""
+"""`python -m loqt_ds.export --checkpoint DIR --format nf4|bf16|adapter|gguf --output DIR`: export a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loqt_ds.export import FORMATS, export_checkpoint
+from loqt_ds.export.gguf import TYPES
 from loqt_ds.export.report import how_to_load
 from loqt_ds.export.run import DEFAULT_MAX_SHARD_SIZE_GIB
 
@@ -23,11 +24,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--format",
         default="nf4",
         choices=FORMATS,
-        help="nf4: merged 4-bit; bf16: merged dense; adapter: not merged, DIR/base and DIR/adapter for PEFT (default: "
-        "%(default)s)",
+        help="nf4: merged 4-bit; bf16: merged dense; adapter: not merged, DIR/base and DIR/adapter for PEFT; "
+        "gguf: merged, DIR/model.gguf for llama.cpp (default: %(default)s)",
     )
     parser.add_argument(
         "--base", type=Path, help="with --format adapter: write only the adapter, over this base of an earlier export"
+    )
+    parser.add_argument(
+        "--gguf-type",
+        default="bf16",
+        choices=TYPES,
+        help="with --format gguf: how matrices are stored (default: %(default)s)",
     )
     parser.add_argument(
         "--double-quant", action="store_true", help="store the scales in 8 bits (0.4 bits a weight less, not exact)"
@@ -49,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             max_shard_size_gib=options.max_shard_size_gib,
             verify=not options.no_verify,
             base_dir=options.base,
+            gguf_type=options.gguf_type,
         )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -10,6 +10,7 @@ from torch import nn
 
 from loqt_ds.export.adapter import ADAPTER, BASE, CONFIG_FILE, load_adapter
 from loqt_ds.export.base import BASE_FILE, check_base
+from loqt_ds.export.gguf import FILE, load_gguf
 from loqt_ds.export.report import ExportError
 from loqt_ds.export.verify import load_export as load_model
 
@@ -27,7 +28,7 @@ def find_parts(directory: Path) -> Parts | None:
 
     Raises ExportError where the base of an adapter is not to be found.
     """
-    if (directory / "config.json").is_file():
+    if (directory / "config.json").is_file() or (directory / FILE).is_file():
         return Parts(directory, None)
     for adapter in (directory, directory / ADAPTER):
         if (adapter / CONFIG_FILE).is_file():
@@ -60,7 +61,7 @@ def load_export(directory: Path, *, device: str = "cpu") -> nn.Module:
     directory = Path(directory)
     parts = find_parts(directory)
     if parts is None:
-        raise ExportError(f"{directory} is no export: it has neither config.json nor {CONFIG_FILE}")
+        raise ExportError(f"{directory} is no export: it has neither config.json, {CONFIG_FILE} nor {FILE}")
     return load_parts(parts, device=device)
 
 
@@ -68,6 +69,8 @@ def load_parts(parts: Parts, *, device: str = "cpu") -> nn.Module:
     """As `load_export`, of directories that are known."""
     if parts.adapter is not None:
         check_base(parts.adapter, parts.model)  # before anything is loaded
+    if (parts.model / FILE).is_file():
+        return load_gguf(parts.model / FILE).to(device)
     model = load_model(parts.model, device=device)
     if parts.adapter is None:
         return model

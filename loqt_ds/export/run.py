@@ -21,7 +21,7 @@ from loqt_ds.checkpoint import (
     write_json,
 )
 from loqt_ds.config import from_dict
-from loqt_ds.export import adapter, writer
+from loqt_ds.export import adapter, gguf, writer
 from loqt_ds.export.base import Contents, contents_of, stored_weights
 from loqt_ds.export.pack import WeightFormat, pack_layer, packed_num_bytes
 from loqt_ds.export.report import GIB, ExportError, ExportReport, LayerReport
@@ -31,7 +31,7 @@ from loqt_ds.method.description import transformers_config
 from loqt_ds.method.linear import LoQTLinear
 from loqt_ds.shards import saved_masters
 
-FORMATS = ("nf4", "bf16", "adapter")
+FORMATS = ("nf4", "bf16", "adapter", "gguf")
 DEFAULT_MAX_SHARD_SIZE_GIB = 5.0
 
 Say = Callable[[str], object]
@@ -50,6 +50,7 @@ def export_model(
     max_shard_size_gib: float = DEFAULT_MAX_SHARD_SIZE_GIB,
     verify: bool = True,
     base_dir: Path | None = None,
+    gguf_type: str = "bf16",
     source: str = "a model in memory",
     say: Say = print,
 ) -> ExportReport:
@@ -62,25 +63,29 @@ def export_model(
         tokenizer_dir: whose files travel along, or None.
         output_dir: must not exist, or be empty.
         format: "nf4": 4-bit in the type the weights were trained in (nf4 or fp4; int4 and unquantized ones become
-            nf4); "bf16": dense; "adapter": nothing is merged, `output_dir` gets the directories base and adapter.
+            nf4); "bf16": dense; "adapter": nothing is merged, `output_dir` gets the directories base and adapter;
+            "gguf": one file for llama.cpp.
         masters: parameter name -> float32 tensor of the parameter's shape, used instead of it (B included).
         double_quant: store the scales in 8 bits; they then differ a little from those that were trained with.
         max_shard_size_gib: weights are split into files of at most this size.
         verify: reload with transformers (and PEFT) on the model's device, and compare.
         base_dir: with "adapter", the directory of a base that there is already: only the adapter is written, after it
             was found to be the same one.
+        gguf_type: with "gguf", how matrices are stored, one of `gguf.TYPES`.
 
     Raises:
         ExportError: an option or directory is refused, the disk is too small, or the reloaded model differs.
     """
     output_dir = Path(output_dir)
-    check_options(format, double_quant, max_shard_size_gib, base_dir=base_dir, verify=verify)
+    check_options(format, double_quant, max_shard_size_gib, base_dir=base_dir, gguf_type=gguf_type, verify=verify)
     if model_config is None and format != "bf16":
         raise ExportError(
             f"export.format={format}: only transformers loads such files, and this model is not one of its own; "
             "use bf16"
         )
     writer.refuse_existing(output_dir)
+    if format == "gguf":
+        gguf.check_model(model_config)
     expected, notes = _expected(model, model_config, format, double_quant, masters or {})
     factors = expected.factors
     contents = Contents()
@@ -101,7 +106,9 @@ def export_model(
     try:
         with writer.complete_or_nothing(output_dir) as temporary:
             where = temporary / adapter.BASE if format == "adapter" else temporary
-            if base_dir is None:
+            if format == "gguf":
+                _write_gguf(where, expected, tokenizer_dir, gguf_type, report, verify=verify)
+            elif base_dir is None:
                 written = _write_model(where, expected, model, tokenizer_dir, max_shard_size_gib, report)
                 if verify:
                     _verify_model(where, written, expected, report)
@@ -148,6 +155,29 @@ def _verify_model(directory: Path, written: writer.WrittenWeights, expected: Exp
     report.notes += _patched_note(report.verification.patched_layers)
 
 
+def _write_gguf(
+    directory: Path,
+    expected: Expected,
+    tokenizer_dir: Path | None,
+    kind: str,
+    report: ExportReport,
+    *,
+    verify: bool,
+) -> None:
+    """One file; completes the report."""
+    path = directory / gguf.FILE
+    num_values = sum(t.numel() for t in expected.dense.values())
+    num_values += sum(layer.out_features * layer.in_features for layer in expected.layers.values())
+    check_free_space(directory, 2 * num_values, what="the export", remedy="or give another --output")
+    report.layers, notes = gguf.write_gguf(
+        path, expected, kind=kind, tokenizer_dir=tokenizer_dir, model_name=report.output_dir.name
+    )
+    report.notes += notes + gguf.notes_of(expected.model_config)
+    report.num_bytes, report.num_shards = path.stat().st_size, 1
+    if verify:
+        report.verification = gguf.verify_gguf(path, expected, kind)
+
+
 def _write_adapter(
     temporary: Path,
     expected: Expected,
@@ -189,6 +219,7 @@ def export_checkpoint(
     max_shard_size_gib: float = DEFAULT_MAX_SHARD_SIZE_GIB,
     verify: bool = True,
     base_dir: Path | None = None,
+    gguf_type: str = "bf16",
     say: Say = print,
 ) -> ExportReport:
     """Export what a training checkpoint holds; fp32 masters are used where it has them.
@@ -201,7 +232,7 @@ def export_checkpoint(
         ExportError: as for `export_model`, or the checkpoint lacks something.
         CheckpointError: the checkpoint is damaged or not there.
     """
-    check_options(format, double_quant, max_shard_size_gib, base_dir=base_dir, verify=verify)
+    check_options(format, double_quant, max_shard_size_gib, base_dir=base_dir, gguf_type=gguf_type, verify=verify)
     writer.refuse_existing(Path(output_dir))
     found = find_checkpoint(Path(checkpoint_dir), str(checkpoint_dir), say=say, option="--checkpoint")
     assert found is not None, "a path either holds a checkpoint or raises"
@@ -222,13 +253,20 @@ def export_checkpoint(
         max_shard_size_gib=max_shard_size_gib,
         verify=verify,
         base_dir=base_dir,
+        gguf_type=gguf_type,
         source=f"{found.resolve()} (step {checkpoint.step})",
         say=say,
     )
 
 
 def check_options(
-    format: str, double_quant: bool, max_shard_size_gib: float, *, base_dir: Path | None, verify: bool
+    format: str,
+    double_quant: bool,
+    max_shard_size_gib: float,
+    *,
+    base_dir: Path | None = None,
+    gguf_type: str = "bf16",
+    verify: bool = True,
 ) -> None:
     """Raises ExportError for what cannot be honoured, before anything is loaded or written."""
     if format not in FORMATS:
@@ -242,8 +280,14 @@ def check_options(
         raise ExportError(f"--base is of an adapter, and format={format} writes a model of its own; use format=adapter")
     if base_dir is not None and not (base_dir / "config.json").is_file():
         raise ExportError(f"--base={base_dir} is no model directory; give the directory base of an adapter's export")
+    if gguf_type not in gguf.TYPES:
+        raise ExportError(f"gguf_type={gguf_type!r} does not exist; use one of {', '.join(gguf.TYPES)}")
+    if gguf_type != "bf16" and format != "gguf":
+        raise ExportError(f"gguf_type={gguf_type} is of format=gguf, and does nothing with format={format}")
     if format == "adapter" and verify:
         adapter.import_peft()
+    if format == "gguf":
+        gguf.import_gguf()
     if not max_shard_size_gib > 0:
         raise ExportError(f"max_shard_size_gib={max_shard_size_gib} must be above 0, for example 5")
 
@@ -254,8 +298,9 @@ def _device() -> str:
 
 def _versions(format: str) -> dict[str, str]:
     packages = ["torch", "transformers", "bitsandbytes", "safetensors"]
-    if format == "adapter" and importlib.util.find_spec("peft") is not None:
-        packages.append("peft")
+    more = {"adapter": "peft", "gguf": "gguf"}.get(format)
+    if more is not None and importlib.util.find_spec(more) is not None:
+        packages.append(more)
     return {"loqt_ds": loqt_ds.__version__} | {name: importlib.metadata.version(name) for name in packages}
 
 
@@ -290,6 +335,8 @@ def _weight_format(layers: Mapping[str, LoQTLinear], format: str, double_quant: 
     """How adapted weights are exported, and what to say about it."""
     if format == "adapter":
         return adapter.base_format(layers)
+    if format == "gguf":
+        return WeightFormat(None, dtype=torch.float32), []  # merged; the file rounds by itself
     if format == "bf16":
         return WeightFormat(None), []
     kinds = sorted({layer.spec_w.kind for layer in layers.values()})

@@ -505,7 +505,7 @@ def test_bad_requests_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     config = llama()
     model = trained(config)
     requests: list[tuple[dict[str, Any], str]] = [
-        ({"format": "gguf"}, "export.format='gguf'"),
+        ({"format": "onnx"}, "export.format='onnx'"),
         ({"format": "bf16", "double_quant": True}, "double quantization needs"),
         ({"max_shard_size_gib": 0}, "max_shard_size_gib=0"),
     ]

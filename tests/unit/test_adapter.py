@@ -1,0 +1,223 @@
+"""The adapter as PEFT loads it, against the trained model and against float64; bases that are shared, and refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_export import SHAPES, checkpoint_of, export, llama, logits, lookup, relative, silent, stored_tensors, trained
+from transformers import AutoModelForCausalLM
+
+from loqt_ds.core.quantization import quantize
+from loqt_ds.export import ExportError, adapter, export_checkpoint, load_export
+from loqt_ds.export import run as run_module
+from loqt_ds.export.__main__ import main
+from loqt_ds.export.base import check_base
+from loqt_ds.method.conversion import loqt_layers
+
+peft = pytest.importorskip("peft", reason="the adapter extra is not installed")
+
+
+def by_peft(base: Path, adapter_dir: Path) -> Any:
+    """As somebody loads it who knows nothing of loqt_ds."""
+    model = AutoModelForCausalLM.from_pretrained(base, device_map={"": "cpu"})
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+    return peft.PeftModel.from_pretrained(model, adapter_dir)
+
+
+def train_on(model: Any, *, everything: bool = False) -> None:
+    """What another task makes of the same base: P and B are others, W_q is not."""
+    with torch.no_grad():
+        for layer in loqt_layers(model).values():
+            layer.set_p(quantize(torch.linalg.qr(torch.randn(layer.basis_shape))[0], layer.spec_p))
+            layer.B.normal_(std=0.03)
+        for name, parameter in model.named_parameters():
+            if everything and not name.endswith(".B"):
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+
+
+CASES: dict[str, tuple[str, dict[str, Any], torch.dtype]] = {
+    "nf4": ("gqa", {}, torch.float32),
+    "double": ("biases", {"double_quant": "both"}, torch.float32),
+    "int4": ("odder", {"quantize_w": "int4", "quantize_p": "fp4", "side": "left"}, torch.float32),
+    "nq": (
+        "tied",
+        {"quantize_w": "none", "quantize_p": "none", "target_modules": ["k_proj", "up_proj"]},
+        torch.float32,
+    ),
+    "bf16": ("tied", {"alpha": 0.3}, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_peft_computes_the_trained_models_logits(tmp_path: Path, case: str) -> None:
+    shape, options, dtype = CASES[case]
+    config = llama(**SHAPES[shape])
+    model = trained(config, dtype=dtype, **options)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = export(model, config, tmp_path / "out", format="adapter")
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    reloaded = by_peft(tmp_path / "out" / "base", tmp_path / "out" / "adapter")
+    difference = relative(logits(reloaded), logits(model))
+    assert difference < (1e-5 if dtype == torch.float32 else 0.02)
+    assert report.adapter.logits_relative_difference == pytest.approx(difference, abs=1e-2)
+    assert relative(logits(reloaded.get_base_model()), logits(model)) < 0.02
+    with reloaded.disable_adapter():  # the base alone is something else: the comparison is not blind
+        assert relative(logits(reloaded), logits(model)) > 0.02
+    stored = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert stored["task_type"] == "CAUSAL_LM" and stored["base_model_name_or_path"] == str(tmp_path / "out" / "base")
+
+
+def test_float64_says_what_a_and_b_are(tmp_path: Path) -> None:
+    """W of the base's file, plus alpha / r times the stored B A, for both sides."""
+    config = llama(**SHAPES["wide"])
+    model = trained(config, alpha=0.7)
+    export(model, config, tmp_path / "out", format="adapter")
+    base = stored_tensors(tmp_path / "out" / "base")
+    stored = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    settings = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    layers = loqt_layers(model)
+    assert {layer.side for layer in layers.values()} == {"left", "right"}
+    assert len(stored) == 2 * len(layers)
+    for name, layer in layers.items():
+        a, b = (stored[f"base_model.model.{name}.lora_{part}.weight"].double() for part in "AB")
+        assert torch.equal(base[f"{name}.weight"].view(-1), layer.packed_w()["codes"])
+        weight = lookup(base, name, layer.weight_shape).double() + settings["lora_alpha"] / settings["r"] * (b @ a)
+        p, factor = layer.basis_hat().double(), layer.B.detach().double()
+        product = factor @ p.T if layer.side == "right" else p @ factor
+        assert relative(weight, layer.weight_q().double() + 0.7 * product) < 1e-6
+
+
+@pytest.mark.parametrize("shape", ["biases", "tied"])
+@pytest.mark.parametrize("everything", [False, True])
+def test_tasks_share_a_base(tmp_path: Path, shape: str, everything: bool) -> None:
+    """What the second task has trained beside P and B travels in its adapter; the base is not touched."""
+    config = llama(**SHAPES[shape])
+    model = trained(config)
+    export(model, config, tmp_path / "one", format="adapter")
+    base = tmp_path / "one" / "base"
+    files = {path: path.read_bytes() for path in base.iterdir()}
+    train_on(model, everything=everything)
+    report = export(model, config, tmp_path / "two", format="adapter", base_dir=base)
+    assert files == {path: path.read_bytes() for path in base.iterdir()}
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["adapter", "export_report.json"]
+    assert relative(logits(by_peft(base, tmp_path / "two" / "adapter")), logits(model)) < 1e-5
+    assert relative(logits(load_export(tmp_path / "two")), logits(model)) < 1e-5
+    kept = {"lm_head", "model.norm", "model.embed_tokens", "model.layers.1.input_layernorm"}
+    assert (set(report.adapter.modules_to_save) >= kept) == everything
+    biases = [name for name in load_file(tmp_path / "two/adapter/adapter_model.safetensors") if name.endswith("B.bias")]
+    assert len(biases) == (14 if everything and shape == "biases" else 0)
+
+
+def test_an_adapter_for_another_base_is_refused(tmp_path: Path) -> None:
+    config = llama()
+    model = trained(config)
+    export(model, config, tmp_path / "one", format="adapter")
+    base = tmp_path / "one" / "base"
+    with torch.no_grad():
+        layer = loqt_layers(model)["model.layers.1.mlp.up_proj"]
+        layer.set_w(quantize(torch.randn(layer.weight_shape), layer.spec_w))
+    with pytest.raises(ExportError, match=r"up_proj holds other values\. Leave --base out .*compensation_steps"):
+        export(model, config, tmp_path / "two", format="adapter", base_dir=base)
+    with pytest.raises(ExportError, match="is stored in another format than fp4"):
+        export(trained(config, quantize_w="fp4"), config, tmp_path / "two", format="adapter", base_dir=base)
+    shallow = llama(num_hidden_layers=1)
+    with pytest.raises(ExportError, match="is a base of another model: it has model.layers.1"):
+        small = trained(llama())
+        del small.model.layers[1]
+        export(small, shallow, tmp_path / "two", format="adapter", base_dir=base)
+    # And when it is used: by the checksums.
+    export(model, config, tmp_path / "two", format="adapter")
+    with pytest.raises(ExportError, match=r"belongs to another base .*model\.safetensors differs.*--base"):
+        check_base(tmp_path / "two" / "adapter", base)
+    shutil.rmtree(tmp_path / "two" / "base")
+    with pytest.raises(ExportError, match="is not there; give the directory"):
+        load_export(tmp_path / "two")
+    shutil.copytree(base, tmp_path / "two" / "base")
+    with pytest.raises(ExportError, match="belongs to another base"):
+        load_export(tmp_path / "two")
+
+
+def test_requests_that_cannot_be_honoured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = llama()
+    model = trained(config)
+    for options, problem in (
+        ({"double_quant": True}, "double quantization needs format=nf4, not format=adapter"),
+        ({"base_dir": tmp_path}, "is no model directory"),
+    ):
+        with pytest.raises(ExportError, match=problem):
+            export(model, config, tmp_path / "out", format="adapter", **options)
+    with pytest.raises(ExportError, match="--base is of an adapter"):
+        export(model, config, tmp_path / "out", base_dir=tmp_path)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ExportError, match=r"loqt-ds\[adapter\]"):
+        export(model, config, tmp_path / "out", format="adapter")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fault", ["scale", "factor", "bias"])
+def test_what_does_not_verify_gets_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    config = llama(**SHAPES["biases"])
+    model = trained(config)
+    if fault == "scale":
+        monkeypatch.setattr(adapter, "_alpha", lambda rank, scale: 2 * rank * scale)
+    elif fault == "factor":
+        factors = adapter.lora_factors
+
+        def wrong(layer: Any, factor: Any = None) -> Any:
+            made = factors(layer, factor)
+            return adapter.Factors(made.a, made.b.flip(0).contiguous(), made.scale)
+
+        monkeypatch.setattr(adapter, "lora_factors", wrong)
+    else:
+        export(model, config, tmp_path / "one", format="adapter")
+        shutil.move(tmp_path / "one" / "base", tmp_path / "base")
+        shutil.rmtree(tmp_path / "one")
+        with torch.no_grad():
+            loqt_layers(model)["model.layers.0.mlp.up_proj"].bias.add_(1.0)
+        monkeypatch.setattr(run_module, "contents_of", lambda *_: adapter.Contents())
+    base = tmp_path / "base" if fault == "bias" else None
+    with pytest.raises(
+        ExportError, match="logits of base and adapter" if fault == "bias" else "q_proj of base and ada"
+    ):
+        export(model, config, tmp_path / "out", format="adapter", base_dir=base)
+    assert not (tmp_path / "out").exists()
+
+
+def test_masters_are_used(tmp_path: Path) -> None:
+    """From a checkpoint whose parameters are bf16 and whose masters are float32."""
+    config = llama(attention_bias=True)
+    fine, coarse = trained(config), trained(config)
+    masters = {name: value.detach().clone() for name, value in fine.named_parameters()}
+    for parameter in coarse.parameters():
+        parameter.data = torch.zeros_like(parameter, dtype=torch.bfloat16)
+    checkpoint_of(coarse, config, tmp_path / "run", loqt={}, masters=masters)
+    (tmp_path / "tokenizer" / "tokenizer.json").unlink()
+    export_checkpoint(tmp_path / "run", tmp_path / "out", format="adapter", say=silent)
+    stored = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    assert torch.equal(stored[f"base_model.model.{name}.lora_B.weight"], fine.get_submodule(name).B)
+    assert stored_tensors(tmp_path / "out" / "base")["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_the_command_writes_a_base_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = llama()
+    path = checkpoint_of(trained(config), config, tmp_path / "checkpoints", loqt={})
+    common = ["--checkpoint", str(path), "--format", "adapter", "--output"]
+    assert main([*common, str(tmp_path / "one")]) == 0
+    said = capsys.readouterr().out
+    assert "as an adapter of rank 8" in said and "loaded with PEFT: logits differ by" in said
+    assert f"PeftModel.from_pretrained(model, {str(tmp_path / 'one' / 'adapter')!r})" in said
+    base = tmp_path / "one" / "base"
+    assert main([*common, str(tmp_path / "two"), "--base", str(base)]) == 0
+    assert str(base) in capsys.readouterr().out and not (tmp_path / "two" / "base").exists()
+    report = json.loads((tmp_path / "two" / "export_report.json").read_text())
+    assert report["adapter"]["base"] == str(base) and report["adapter"]["logits_relative_difference"] < 1e-2
