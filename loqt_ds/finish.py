@@ -19,7 +19,7 @@ from loqt_ds.evaluation import Evaluation
 from loqt_ds.export import export_model, load_export
 from loqt_ds.generation import answer_greedily
 from loqt_ds.memory import plan
-from loqt_ds.method.conversion import loqt_layers
+from loqt_ds.method.conversion import TASKS, loqt_layers
 from loqt_ds.run import Run
 from loqt_ds.trainer import ticker
 
@@ -221,12 +221,18 @@ def _say_onward(run: Run, say: Say) -> None:
     say("  config.yaml      every option of this run")
     say("  metrics.jsonl    one JSON object a line; tensorboard/ has the same as curves")
     say("  checkpoints/     to go on from" + (", newest " + checkpoints[-1].name if checkpoints else ""))
+    best = sorted((run.directory / "best").glob("step_*"))
+    if best:
+        say(f"  best/            the best {run.config.eval.metric}: {best[-1].name}")
+    reader = f"{TASKS[run.config.model.task]}.from_pretrained"
     for export in sorted(run.directory.glob("export*")):
-        say(f"  {export.name + '/':<16} for AutoModelForCausalLM.from_pretrained")
+        is_adapter = (export / "adapter").is_dir()
+        say(
+            f"  {export.name + '/':<16} for {'PeftModel.from_pretrained, base/ and adapter/' if is_adapter else reader}"
+        )
     say("next:")
     say(f"  tensorboard --logdir {directory}/tensorboard")
-    if checkpoints:
-        say(
-            f"  python tools/export.py --checkpoint {shlex.quote(str(checkpoints[-1]))} --format bf16 --output exported"
-        )
+    if best or checkpoints:
+        chosen = shlex.quote(str((best or checkpoints)[-1]))
+        say(f"  python tools/export.py --checkpoint {chosen} --format bf16 --output exported")
     say("  python -m loqt_ds.train --help")

@@ -27,19 +27,20 @@ class Selection:
         """Evaluations since the best one."""
 
     def add(self, evaluation: Evaluation, step: int) -> bool:
-        """Whether this evaluation is the best so far (the first of equal ones is; NaN never). Raises ValueError if it
-        does not have the metric."""
-        value = evaluation.metric(self.metric)
-        is_better = math.isfinite(value) and (self.best is None or self._is_better(value, self.best))
+        """Whether this evaluation is the best so far: of equal values that with less loss, of equal losses the first;
+        NaN never. Raises ValueError if it does not have the metric."""
+        rank = self._rank(evaluation)
+        is_better = all(map(math.isfinite, rank)) and (self.best is None or rank > self._rank(self.best))
         if is_better:
             self.best, self.best_step, self.num_since = evaluation, step, 0
         else:
             self.num_since += 1
         return is_better
 
-    def _is_better(self, value: float, best: Evaluation) -> bool:
-        other = best.metric(self.metric)
-        return value < other if self.metric in LESS_IS_BETTER else value > other
+    def _rank(self, evaluation: Evaluation) -> tuple[float, float]:
+        """Greater is better."""
+        value = evaluation.metric(self.metric)
+        return (-value if self.metric in LESS_IS_BETTER else value), -evaluation.loss
 
     @property
     def is_over(self) -> bool:

@@ -2,7 +2,7 @@
 
 A stretch ends where its text does, so that a prompt is tokenized by itself: exactly as it will be when the model has to
 go on from it. Of a conversation every assistant's message is a response; the chat template writes roles and separators
-around the messages, and what it writes after an assistant's message (its end marker) belongs to the response.
+around the messages, and the end-of-text that it writes after an assistant's message belongs to the response.
 """
 
 from __future__ import annotations

@@ -204,19 +204,20 @@ class Encoder:
                 yield self._row(example, [next(encoded) for _ in example.stretches])
 
     def _row(self, example: Example, parts: list[list[int]]) -> tuple[Row, list[int]]:
-        parts[0] = [*self._beginning, *parts[0]]
-        parts[-1] = self._ended(parts[-1])
-        tokens = np.array([token for part in parts for token in part], dtype=np.int32)
-        learned = [stretch.is_response for stretch in example.stretches]
-        is_target = np.repeat(np.array(learned), [len(part) for part in parts])
-        return Row(tokens, is_target), [token for part in parts[:-1] for token in part]
-
-    def _ended(self, response: list[int]) -> list[int]:
-        """With end-of-text as its last token. A chat template may have written it, and a line break after it."""
         eot = self._tokenizer.eot_id
-        if eot not in response:
-            return [*response, eot]
-        return response[: len(response) - response[::-1].index(eot)]
+        parts[0] = [*self._beginning, *parts[0]]
+        if eot not in parts[-1]:  # a chat template may have written it
+            parts[-1].append(eot)
+        learned = []
+        for part, stretch in zip(parts, example.stretches, strict=True):
+            end = len(part) - part[::-1].index(eot) if eot in part else len(part)
+            learned.append([stretch.is_response and place < end for place in range(len(part))])
+        # Nothing follows the last end: what a template writes behind it (a line break) goes.
+        parts[-1] = parts[-1][: sum(learned[-1])]
+        learned[-1] = learned[-1][: len(parts[-1])]
+        tokens = np.array([token for part in parts for token in part], dtype=np.int32)
+        is_target = np.array([flag for part in learned for flag in part])
+        return Row(tokens, is_target), [token for part in parts[:-1] for token in part]
 
 
 def beginning_of_text(tokenizer: Tokenizer) -> list[int]:
