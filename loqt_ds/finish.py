@@ -118,6 +118,7 @@ def _export(run: Run, trained: Evaluation, finished: Finished, say: Say) -> nn.M
         output_dir=output,
         format=config.export.format,
         masters=masters,
+        base_dir=None if config.export.base is None else Path(config.export.base),
         say=say,
     )
     device = run.engine.device

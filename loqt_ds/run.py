@@ -30,6 +30,8 @@ from loqt_ds.data import DataBundle, Tokenizer, build_data, load_or_train_tokeni
 from loqt_ds.engines.base import Engine
 from loqt_ds.engines.single import SingleEngine
 from loqt_ds.evaluation import Evaluator
+from loqt_ds.export import check_export
+from loqt_ds.export.gguf_tokenizer import read_tokenizer
 from loqt_ds.failures import Voice
 from loqt_ds.gsm8k import ExactMatch, check_references
 from loqt_ds.memory import Asker, check_fits, device_bytes, needs_lean, zero_of
@@ -131,6 +133,8 @@ def prepare(
     if ranks.is_main:
         write_options(as_given, directory, ds_options)
         tokenizer.save(directory / "tokenizer", say=say)
+        if config.export.format == "gguf":
+            read_tokenizer(directory / "tokenizer", int(model_config.vocab_size))  # refuses what no such file can hold
     say(f"run directory: {directory}")
     torch.manual_seed(config.train.seed)
     model, original = load_model(config, model_config, device, ranks, resumed=checkpoint is not None, say=say)
@@ -362,6 +366,7 @@ def check_model(config: Config) -> None:
         compiled.install(model)  # refuses models without blocks
     if config.model.path is not None:
         _source_of(config)(build_empty(model_config, **options))
+    check_export(config, model_config)
 
 
 def _source_of(config: Config) -> Callable[[nn.Module], WeightSource]:

@@ -363,6 +363,17 @@ def check_steps(config: Config) -> None:
 def _check_run(config: Config) -> None:
     if config.output_dir is not None and os.path.isfile(config.output_dir):
         raise ConfigError(f"output_dir={config.output_dir} is a file; give a directory")
+    base, loqt = config.export.base, config.loqt
+    if config.export.format != "adapter" or base is None:
+        return
+    if not os.path.isfile(os.path.join(base, "config.json")):
+        raise ConfigError(f"export.base={base} is no model directory; give the directory base of an adapter's export")
+    if loqt.schedule != "never" or (loqt.compensation_steps > 1 and loqt.quantize_w != "none"):
+        raise ConfigError(
+            f"export.base={base} with loqt.schedule={loqt.schedule} and loqt.compensation_steps="
+            f"{loqt.compensation_steps}: W becomes another one than the base's; set loqt.schedule=never and "
+            "loqt.compensation_steps=1, or export.base=null"
+        )
 
 
 def _inactive_rules(config: Config) -> Iterator[tuple[bool, str, str, tuple[Any, ...]]]:
@@ -372,6 +383,7 @@ def _inactive_rules(config: Config) -> Iterator[tuple[bool, str, str, tuple[Any,
     corpus = data.path is None and data.name is None
     task = config.model.task
     yield task != "classification", "model.num_labels", f"with model.task={task}", ()
+    yield config.export.format != "adapter", "export.base", f"with export.format={config.export.format}", ()
     yield never, "loqt.interval", "with loqt.schedule=never", ()
     yield never or static, "loqt.growth", f"with loqt.schedule={loqt.schedule}", ()
     yield never or static, "loqt.max_gap", f"with loqt.schedule={loqt.schedule}", ()

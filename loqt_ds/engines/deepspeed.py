@@ -467,7 +467,8 @@ class LoQTEngine(DeepSpeedEngine):
     def export(
         self, output_dir: str | Path, format: str = "nf4", *, tokenizer_dir: str | Path | None = None
     ) -> ExportReport:
-        """Writes the merged model for others to load: "nf4" or "bf16" (a model that is not of transformers: bf16).
+        """Writes the model for others to load: "nf4", "bf16", "adapter", or "gguf" with the tokenizer's directory (a
+        model that is not of transformers: bf16).
 
         Collective: rank 0 writes and verifies, all return its report. Raises ExportError if it was refused or failed.
         """

@@ -21,6 +21,15 @@ from __future__ import annotations
 
 from loqt_ds.export.loading import load_export
 from loqt_ds.export.report import ExportError, ExportReport, LayerReport
-from loqt_ds.export.run import FORMATS, export_checkpoint, export_model
+from loqt_ds.export.run import FORMATS, check_export, export_checkpoint, export_model
 
-__all__ = ["FORMATS", "ExportError", "ExportReport", "LayerReport", "export_checkpoint", "export_model", "load_export"]
+__all__ = [
+    "FORMATS",
+    "ExportError",
+    "ExportReport",
+    "LayerReport",
+    "check_export",
+    "export_checkpoint",
+    "export_model",
+    "load_export",
+]

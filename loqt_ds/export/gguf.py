@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from loqt_ds.export.gguf_tokenizer import GGUFTokenizer, read_tokenizer
 from loqt_ds.export.report import ExportError, LayerReport, Verification
-from loqt_ds.export.verify import Expected, random_tokens, relative_difference
+from loqt_ds.export.verify import Expected, quiet_transformers, random_tokens, relative_difference
 from loqt_ds.method.conversion import build_empty, tie_weights
 
 FILE = "model.gguf"
@@ -332,7 +332,8 @@ def load_gguf(path: Path, *, dtype: torch.dtype = torch.float32) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype)
+        with quiet_transformers():
+            model: nn.Module = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype)
     except Exception as error:  # whatever transformers raises, the file does not load
         raise ExportError(f"transformers cannot load {path}: {type(error).__name__}: {error}") from error
     return model.eval()

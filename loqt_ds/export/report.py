@@ -71,7 +71,7 @@ class ExportReport:
     format: str
     layers: list[LayerReport]
     num_bytes: int
-    """Of the safetensors files."""
+    """Of the files of weights."""
     num_shards: int
     notes: list[str]
     """What a user should know: re-quantization, copied codes, patched layers."""

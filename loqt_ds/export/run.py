@@ -20,7 +20,7 @@ from loqt_ds.checkpoint import (
     load_checkpoint,
     write_json,
 )
-from loqt_ds.config import from_dict
+from loqt_ds.config import Config, from_dict
 from loqt_ds.export import adapter, gguf, writer
 from loqt_ds.export.base import Contents, contents_of, stored_weights
 from loqt_ds.export.pack import WeightFormat, pack_layer, packed_num_bytes
@@ -196,6 +196,7 @@ def _write_adapter(
     files = stored_weights(base).files
     made = adapter.write_adapter(directory, layers, factors, model, base=called, base_files=files, contents=contents)
     report.adapter = made
+    report.num_bytes, report.num_shards = report.num_bytes + made.num_bytes, report.num_shards + 1
     report.layers = report.layers or adapter.unchanged(expected)
     if verify:
         device = next(iter(layers.values())).B.device
@@ -257,6 +258,18 @@ def export_checkpoint(
         source=f"{found.resolve()} (step {checkpoint.step})",
         say=say,
     )
+
+
+def check_export(config: Config, model_config: Any) -> None:
+    """Raises ExportError where the export at the end of a run would be refused: it is asked for before it starts."""
+    form = config.export.format
+    if form == "none":
+        return
+    check_options(form, False, DEFAULT_MAX_SHARD_SIZE_GIB)
+    if form == "gguf":
+        gguf.check_model(model_config)
+        if config.model.task != "causal_lm":
+            raise ExportError(f"export.format=gguf holds language models, not model.task={config.model.task}; use bf16")
 
 
 def check_options(

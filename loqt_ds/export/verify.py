@@ -128,7 +128,8 @@ def random_tokens(model_config: Any, device: str) -> Tensor:
 
 
 @contextmanager
-def _quiet_transformers():
+def quiet_transformers():
+    """Without the progress bars of loading."""
     from transformers.utils import logging
 
     was_enabled = logging.is_progress_bar_enabled()
@@ -161,7 +162,7 @@ def _reload(directory: Path, device: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             # A pair, because of output_loading_info; its annotation does not say so.
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory, device_map={"": device}, output_loading_info=True, local_files_only=True

@@ -368,13 +368,21 @@ def _start_bytes(config: Config, facts: Facts, largest: int) -> int:
 
 
 def _export_bytes(config: Config, facts: Facts) -> int:
-    """Of the merged model that is written, loaded again and compared."""
-    if config.export.format == "none":
+    """Of the model that is written, loaded again and compared."""
+    form = config.export.format
+    if form == "none":
         return 0
-    kind = {"int4": "nf4", "none": "nf4"}.get(config.loqt.quantize_w, config.loqt.quantize_w)
-    spec = QuantSpec("none" if config.export.format == "bf16" else kind, dense_dtype=torch.bfloat16)
+    others = sum(parameter.numel() for parameter in facts.others.values())
+    if form == "gguf":  # compared on the host: what was meant, its rounding, and what transformers loads, in float32
+        weights = others + sum(prod(layer.weight_shape) for layer in facts.layers)
+        return 3 * 4 * weights if config.train.device == "cpu" else 0
+    dtype = training_dtype(config) if form == "adapter" else torch.bfloat16
+    dense_kinds = {"int4": "none"} if form == "adapter" else {"int4": "nf4", "none": "nf4"}
+    kind = "none" if form == "bf16" else dense_kinds.get(config.loqt.quantize_w, config.loqt.quantize_w)
+    spec = QuantSpec(kind, dense_dtype=dtype)
     adapted = sum(sum(packed_layout(layer.weight_shape, spec).values()) for layer in facts.layers)
-    return adapted + 2 * sum(parameter.numel() for parameter in facts.others.values())
+    factors = sum(prod(layer.basis_shape) + layer.factor_length * layer.rank for layer in facts.layers)
+    return adapted + dtype.itemsize * others + (4 * factors if form == "adapter" else 0)
 
 
 def _by_group(facts: Facts) -> list[list[int]]:
