@@ -89,7 +89,8 @@ class Setup:
         """A run's configuration with this shape, dtype and device. Raises ConfigError for what there is not."""
         shape = self.shape if self.num_layers is None else shape_with_layers(self.shape, self.num_layers)
         # no text is read by this configuration, but a checkpoint without a tokenizer is refused
-        model = [f"model.shape={shape}"] if self.start is None else [f"model.path={self.start}", "data.tokenizer=none"]
+        model = [f"model.path={self.start}", f"data.tokenizer={self.start}"]
+        model = [f"model.shape={shape}"] if self.start is None else model
         common = [
             *model,
             f"train.dtype={self.dtype}",

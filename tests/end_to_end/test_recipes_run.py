@@ -15,7 +15,10 @@ from workshop import REPOSITORY, TINY, Workshop, command, events, losses, main, 
 
 from loqt_ds.config import load_config
 
-RECIPES = sorted((REPOSITORY / "configs" / "recipes").glob("*.yaml"))
+ALL = sorted((REPOSITORY / "configs" / "recipes").glob("*.yaml"))
+MODELS = {path: yaml.safe_load(path.read_text(encoding="utf-8")).get("model", {}) for path in ALL}
+# Those that pretrain from drawn weights; what starts from a checkpoint or has another task has tests of its own.
+RECIPES = [path for path, model in MODELS.items() if "shape" in model and "task" not in model]
 DEEPSPEED = sorted((REPOSITORY / "configs").glob("*.json"))
 
 # What makes a twin small. Everything else is the recipe's: schedule, compensation, double quantization, subspace,
@@ -77,6 +80,30 @@ def twin(recipe: Path, workshop: Workshop, hub: Path, run: Path) -> list[str]:
     accumulation = content.get("train", {}).get("gradient_accumulation_steps", 1)
     values["train.gradient_accumulation_steps"] = min(accumulation, 2)
     return [f"{name}={value}" for name, value in values.items()]
+
+
+@pytest.mark.parametrize(
+    "name", ["continue_small", pytest.param("continue_llama2_7b_icelandic", marks=pytest.mark.slow)]
+)
+def test_the_twin_of_a_recipe_that_goes_on_from_a_checkpoint(
+    name: str, workshop: Workshop, hub: Path, tmp_path: Path
+) -> None:
+    """It is evaluated before the first step, initialized once, and better afterwards."""
+    before, run = tmp_path / "before", tmp_path / "run"
+    options = {"output_dir": before, "export__format": "bf16", "train__max_steps": 6, "data__tokenizer_vocab_size": 448}
+    main(workshop.overrides(**options)).ok()
+    overrides = twin(REPOSITORY / "configs" / "recipes" / f"{name}.yaml", workshop, hub, run)
+    without = ("model.shape", "model.vocab_size", "data.tokenizer", "data.tokenizer_vocab_size", "loqt.interval")
+    overrides = [text for text in overrides if text.partition("=")[0] not in without] + ["optim.warmup_steps=1"]
+    if name != "continue_small":  # which has a file of held-out documents
+        overrides.append("data.validation_fraction=0.3")
+    done = main(["--config", name, f"model.path={before / 'export'}", *overrides]).ok()
+    assert sorted(losses(run)) == [1, 2, 3, 4, 5] and len(events(run, "reinit")) == 1
+    assert [event["step"] for event in events(run, "eval")] == [0, 3, 5]
+    assert events(run, "eval")[-1]["loss"] < events(run, "eval")[0]["loss"]
+    assert f"reading weights from {before / 'export'}" in done.output
+    (export,) = events(run, "export")
+    assert export["perplexity"] == pytest.approx(export["perplexity_trained"], rel=0.1)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

@@ -20,9 +20,12 @@ OTHERS = 2 * VOCABULARY * HIDDEN + (2 * LAYERS + 1) * HIDDEN
 ADAPTERS = LAYERS * (4 * 2 * HIDDEN + 3 * (HIDDEN + INTERMEDIATE))  # numbers of A and B for each rank
 PACKAGES = {
     **{"galore": "galore_torch", "qgalore": "q_galore_torch", "apollo": "apollo_torch", "apollomini": "apollo_torch"},
-    **dict.fromkeys(("lora", "qlora", "loftq", "relora"), "peft"),
+    **dict.fromkeys(("lora", "qlora", "loftq", "lqlora", "apiq", "relora"), "peft"),
 }
-MODULES = ("rivals", "rivals_adapters", "rivals_projected", "rivals_base", "candidates", "candidates_rounding")
+MODULES = (
+    *("rivals", "rivals_adapters", "rivals_projected", "rivals_initial", "rivals_base"),
+    *("candidates", "candidates_rounding"),
+)
 
 
 @pytest.fixture(scope="module", name="rivals")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from loqt_ds.config import Config, load_config, save_yaml
+from loqt_ds.config import Config, ConfigError, load_config, save_yaml
 from loqt_ds.core.schedules import ReinitSchedule
 from loqt_ds.memory import plan
 from loqt_ds.memory.machine import USABLE_SHARE
@@ -30,6 +30,20 @@ SHAPES = {
     "3b": (2560, 6848, 32, 32),
     "7b": (4096, 11008, 32, 32),
     "13b": (5120, 13824, 40, 40),
+}
+# Recipes that start from a checkpoint, which a command line names: what they are planned with in its place.
+INSTEAD = {
+    "continue_llama2_7b_icelandic": ["model.shape=llama_7b"],
+    "continue_small": ["model.shape=llama_2m"],
+    "gsm8k_llama2_7b": ["model.shape=llama_7b", "data.tokenizer=t5-base"],
+    "gsm8k_llama2_13b": ["model.shape=llama_13b", "data.tokenizer=t5-base"],
+    "gsm8k_small": ["model.shape=llama_mini", "data.tokenizer=t5-base"],
+    "glue_small": ["model.shape=bert_2m", "data.tokenizer=t5-base"],
+    **{
+        path.stem: ["model.shape=deberta_v3_base", "data.tokenizer=t5-base"]
+        for path in CONFIGS.glob("recipes/glue_*.yaml")
+        if path.stem != "glue_small"
+    },
 }
 # rank, alpha, interval, growth, steps, C (ALGORITHM.md)
 PAPER = {
@@ -53,7 +67,8 @@ def test_model_shapes(path: Path) -> None:
     loaded = AutoConfig.for_model(**content)
     for name, value in content.items():
         assert getattr(loaded, name) == value, name
-    assert loaded.rope_parameters["rope_theta"] == 10000.0
+    if content["model_type"] == "llama":
+        assert loaded.rope_parameters["rope_theta"] == 10000.0
     size = path.stem.removeprefix("llama_")
     if size in SHAPES:
         got = loaded.hidden_size, loaded.intermediate_size, loaded.num_hidden_layers, loaded.num_attention_heads
@@ -61,9 +76,30 @@ def test_model_shapes(path: Path) -> None:
         assert (loaded.vocab_size, loaded.tie_word_embeddings, loaded.rms_norm_eps) == (32000, False, 1e-6)
 
 
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem in INSTEAD], ids=lambda path: path.stem)
+def test_a_recipe_that_starts_from_a_checkpoint_asks_for_it(path: Path) -> None:
+    with pytest.raises(ConfigError, match="model.path"):
+        load_config(path)
+
+
+def test_icelandic_as_the_authors_ran_it() -> None:
+    config = load_config("continue_llama2_7b_icelandic", ["model.shape=llama_7b"])
+    assert (config.loqt.rank, config.loqt.alpha, config.loqt.schedule) == (1024, 0.25, "never")
+    assert (config.optim.lr, config.optim.warmup_steps, config.train.max_steps) == (2e-4, 150, 1500)
+    assert config.train.micro_batch_size * config.train.gradient_accumulation_steps == 512
+
+
+@pytest.mark.parametrize(("size", "lr"), [("7b", 4e-4), ("13b", 3e-4)])
+def test_gsm8k_as_the_authors_ran_it(size: str, lr: float) -> None:
+    config = load_config(f"gsm8k_llama2_{size}", INSTEAD[f"gsm8k_llama2_{size}"])
+    assert (config.loqt.rank, config.loqt.alpha, config.loqt.schedule) == (64, 0.25, "never")
+    assert (config.optim.lr, config.train.epochs, config.data.sequence_length) == (lr, 3, 512)
+    assert not config.optim.train_full_rank and config.eval.metric == "exact_match" and not config.checkpoint.best
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes(path: Path, tmp_path: Path) -> None:
-    config = load_config(path)
+    config = load_config(path, INSTEAD.get(path.stem, []))
     assert config.name == path.stem
     save_yaml(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
