@@ -264,7 +264,7 @@ class EvalConfig:
     metric: Literal["loss", "exact_match", "accuracy", "f1", "matthews", "pearson", "spearman", "glue"] = "loss"
     """What checkpoint.best and eval.patience go by: the loss; exact_match, the share of held-out prompts whose answer
     has the reference's final number, after #### as in GSM8K; or a score of the task, with data.format=classification.
-    Less is better for the loss, more for all others."""
+    Less is better for the loss, more for all others; of equal scores that with less loss is the better."""
     patience: int | None = None
     """Stop after this many evaluations without a better eval.metric; null: train to the end."""
     max_examples: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from pathlib import Path
@@ -9,11 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from helpers import llama_config, lm_loss, make_config, token_batch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 from workshop import Result, Workshop, events, losses, main
 
 from loqt_ds.config import load_config
 from loqt_ds.data.tokenizer import train_sentencepiece
+from loqt_ds.engines.single import SingleEngine
+from loqt_ds.method.conversion import convert, loqt_layers
+from loqt_ds.optim import freeze_full_rank
 
 # Held-out answers are written backwards, so that what is learned soon makes them less likely: the best evaluation is
 # not the last.
@@ -125,21 +132,38 @@ def test_patience_ends_a_run_and_a_resumed_one(workshop: Workshop, examples: dic
     assert max(losses(run)) == last + 2
 
 
-def test_frozen_parameters_stay_and_every_b_is_trained(
-    workshop: Workshop, examples: dict[str, Any], tmp_path: Path
-) -> None:
-    """From a checkpoint, which is evaluated before the first step; an adapter of B alone."""
-    base, run = tmp_path / "base", tmp_path / "run"
-    finetune(
-        workshop, base, examples, train__epochs=1, export__format="bf16", checkpoint__best=False, eval__every=0
-    ).ok()
-    options = examples | {"model__shape": "null", "model__vocab_size": "null", "model__path": base / "export"}
-    options |= {"data__tokenizer": ..., "optim__train_full_rank": False, "train__lean_activations": True}
-    done = finetune(workshop, run, options, train__epochs=1).ok()
-    assert [event["step"] for event in events(run, "eval")] == [0, 2, 4, 6, 7]
-    begun, ended = weights(run / "checkpoints" / "step_0"), weights(run / "checkpoints" / "step_7")
-    original = load_file(base / "export" / "model.safetensors")
-    num_moved = 0
+@pytest.fixture(scope="module")
+def base(workshop: Workshop, examples: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint to start from."""
+    run = tmp_path_factory.mktemp("base") / "run"
+    changes = {"train__epochs": 1, "export__format": "bf16", "checkpoint__best": False, "eval__every": 0}
+    finetune(workshop, run, examples, **changes).ok()
+    return run / "export"
+
+
+@pytest.mark.parametrize(
+    "recipe", ["gsm8k_small", *(pytest.param(f"gsm8k_llama2_{s}b", marks=pytest.mark.slow) for s in (7, 13))]
+)
+def test_the_twin_of_a_recipe_trains_b_alone(recipe: str, base: Path, examples: dict[str, Any], tmp_path: Path) -> None:
+    """Of gsm8k: evaluated before the first step, initialized once, frozen but for B, and left as an adapter."""
+    run, hub = tmp_path / "run", tmp_path / "hub"
+    hub.mkdir()
+    (hub / "train.jsonl").write_text(sums(26, 1))
+    (hub / "test.jsonl").write_text(sums(6, 2))
+    files = [{"split": name, "path": f"{name}.jsonl"} for name in ("train", "test")]
+    card = {"configs": [{"config_name": "main", "data_files": files}]}
+    (hub / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
+    place = [f"data.path={hub / 'train.jsonl'}"] if recipe == "gsm8k_small" else [f"data.name={hub}"]
+    small = ["data.sequence_length=48", "data.num_processes=1", "train.device=cpu", "train.dtype=fp32", "loqt.rank=8"]
+    small += ["train.micro_batch_size=4", "train.gradient_accumulation_steps=1", "train.epochs=1", "eval.every=3"]
+    small += ["eval.max_new_tokens=4", "eval.num_samples=1", "eval.sample_tokens=4", "logging.tensorboard=false"]
+    small += ["train.lean_activations=true", "checkpoint.every=50", "checkpoint.keep=0", "optim.lr=0.01"]
+    done = main(["--config", recipe, f"model.path={base}", f"output_dir={run}", *place, *small], finetune=True).ok()
+    steps = max(losses(run))
+    assert [event["step"] for event in events(run, "eval")] == [0, 3, 6, *([steps] if steps > 6 else [])]
+    assert all(0 <= event["exact_match"] <= 1 for event in events(run, "eval"))
+    begun, ended = weights(run / "checkpoints" / "step_0"), weights(run / "checkpoints" / f"step_{steps}")
+    original, num_moved = load_file(base / "model.safetensors"), 0
     for name, tensor in begun.items():
         if name in original:  # embeddings, norms, head: as they were read
             assert torch.equal(ended[name], tensor) and torch.equal(tensor, original[name].float())
@@ -149,6 +173,33 @@ def test_frozen_parameters_stay_and_every_b_is_trained(
     assert num_moved == 14 and "frozen parameters:" in done.output
     (initialized,) = events(run, "reinit")
     assert initialized["num_kept"] == 0 and initialized["captured_energy"] > 0.5
+    assert (run / "export" / "base").is_dir() and (run / "export" / "adapter" / "adapter_config.json").is_file()
+
+
+def test_the_first_layer_sees_its_gradient_with_frozen_embeddings() -> None:
+    """Its P is that of the gradient of a dense model; nothing before the layer needs a gradient."""
+    config = make_config(loqt={"schedule": "never", "quantize_w": "none", "quantize_p": "none", "subspace": "exact"})
+    torch.manual_seed(0)
+    dense = LlamaForCausalLM(llama_config())
+    model = copy.deepcopy(dense)
+    originals = convert(model, config.loqt)
+    num_frozen = freeze_full_rank(model)
+    assert num_frozen == sum(
+        p.numel() for n, p in dense.named_parameters() if n.removesuffix(".weight") not in originals
+    )
+    engine = SingleEngine(model, config, original=originals.__getitem__)
+    ids = token_batch(0)
+    lm_loss(dense, ids).backward()
+    engine.backward(lm_loss(engine, ids))
+    engine.step()
+    for name, layer in loqt_layers(model).items():
+        gradient = dense.get_submodule(name).weight.grad
+        assert gradient is not None
+        u, _, v = torch.linalg.svd(gradient.double())
+        basis = layer.basis_hat().double()
+        top = (v[: layer.rank] if layer.side == "right" else u[:, : layer.rank].T).T
+        overlap = torch.linalg.svdvals(top.T @ basis)
+        assert overlap.min() > 0.99, name
 
 
 def test_the_launcher_refuses_text_and_says_what_else(workshop: Workshop, tmp_path: Path) -> None:
