@@ -1,8 +1,9 @@
 """`python -m loqt_ds.generate --model DIR`: text from what was trained, for a look at it.
 
-DIR is an export (nf4, bf16, or base and adapter), a run directory, or a checkpoint of it (`step_N`). `--adapter` takes
-an adapter over the base DIR. Without `--prompt`, a terminal is asked for prompts one by one, and anything else is read
-to its end as one prompt.
+DIR is an export (nf4, bf16, base and adapter, or gguf), a run directory, or a checkpoint of it (`step_N`). `--adapter`
+takes an adapter over the base DIR. Without `--prompt`, a terminal is asked for prompts one by one, and anything else is
+read to its end as one prompt. A run that was trained on prompts and responses sees a prompt as its training did; for
+exports, `--template` or `--chat` says what comes around it.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from loqt_ds.config import DataConfig
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,6 +32,8 @@ class Loaded:
 
     model: nn.Module
     tokenizer: Tokenizer
+    opening: Callable[[str], list[int]]
+    """A prompt as the model sees it."""
     what: str
     """For the person who asked."""
 
@@ -53,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--adapter", type=Path, help="an adapter over the base that --model is")
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer's directory, where the model has none beside it")
     parser.add_argument("--prompt", nargs="+", help="texts to continue, each by itself")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--template", help="what comes around a prompt, such as 'Q: {prompt} A:'")
+    either.add_argument("--chat", action="store_true", help="a prompt is a user's message, by the chat template")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens at most (default: %(default)s)")
     parser.add_argument(
         "--temperature", type=float, default=0.8, help="0: always the most probable token (default: %(default)s)"
@@ -64,7 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         _check(options)
-        loaded = load(options.model, options.adapter, options.tokenizer, device=_device(options.device))
+        around = None
+        if options.template is not None or options.chat:
+            # As training reads rows of messages: by the tokenizer's own chat template.
+            around = DataConfig(prompt_template=options.template, messages_field="messages" if options.chat else None)
+        device = _device(options.device)
+        loaded = load(options.model, options.adapter, options.tokenizer, around=around, device=device)
         print(loaded.what, file=sys.stderr)
         sampling = Sampling(options.max_new_tokens, options.temperature, options.top_k)
         for number, prompt in enumerate(_prompts(options.prompt)):
@@ -86,6 +99,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--temperature={options.temperature} must be 0 (the most probable token) or above")
     if options.top_k < 1:
         raise ValueError(f"--top-k={options.top_k} must be at least 1")
+    if options.template is not None and "{prompt}" not in options.template:
+        raise ValueError(f"--template={options.template!r} has no {{prompt}} in it, where the prompt belongs")
     if not options.model.is_dir():
         raise ValueError(f"--model={options.model} is no directory; give an export, a run directory, or a step_N of it")
 
@@ -120,8 +135,11 @@ def _prompts(given: list[str] | None) -> Iterator[str]:
 # ---------------------------------------------------------------- what is loaded
 
 
-def load(model: Path, adapter: Path | None, tokenizer: Path | None, *, device: str) -> Loaded:
-    """The model of an export, a run directory or a checkpoint, on `device`.
+def load(
+    model: Path, adapter: Path | None, tokenizer: Path | None, *, around: DataConfig | None, device: str
+) -> Loaded:
+    """The model of an export, a run directory or a checkpoint, on `device`; `around`: how prompts are written, instead
+    of as in training.
 
     Raises ValueError (of several kinds) where there is none, it cannot be loaded, or it writes no text.
     """
@@ -136,15 +154,17 @@ def load(model: Path, adapter: Path | None, tokenizer: Path | None, *, device: s
             raise ValueError(f"--adapter={adapter} holds no adapter_config.json; give the directory of an adapter")
         parts = Parts(parts.model, inside.adapter)
     if parts is None:
-        return _load_checkpoint(model, tokenizer, device=device)
+        return _load_checkpoint(model, tokenizer, around=around, device=device)
     found = _tokenizer(tokenizer or parts.model)  # before weights
+    opening = _opening(around or DataConfig(), found)
     network = _writer(load_parts(parts, device=device), str(model))
     over = f" with the adapter {parts.adapter}" if parts.adapter is not None else ""
-    return Loaded(network, found, f"{parts.model}{over}, on {device}")
+    return Loaded(network, found, opening, f"{parts.model}{over}, on {device}")
 
 
-def _load_checkpoint(path: Path, tokenizer: Path | None, *, device: str) -> Loaded:
+def _load_checkpoint(path: Path, tokenizer: Path | None, *, around: DataConfig | None, device: str) -> Loaded:
     from loqt_ds.checkpoint import find_checkpoint, load_checkpoint
+    from loqt_ds.config import from_dict
     from loqt_ds.export.run import rebuild
 
     found = find_checkpoint(path, str(path), say=lambda text: print(text, file=sys.stderr), option="--model")
@@ -154,7 +174,23 @@ def _load_checkpoint(path: Path, tokenizer: Path | None, *, device: str) -> Load
         raise ValueError(f"{found} holds no tokenizer; give --tokenizer DIR")
     words = _tokenizer(tokenizer or checkpoint.directory("tokenizer"))
     model, _ = rebuild(checkpoint)
-    return Loaded(_writer(model.to(device), str(path)), words, f"{found} (step {checkpoint.step}), on {device}")
+    trained = from_dict(checkpoint.metadata["config"], source=str(found)).data
+    if trained.format != "instruction":
+        trained = DataConfig()
+    opening = _opening(around or trained, words)
+    return Loaded(
+        _writer(model.to(device), str(path)), words, opening, f"{found} (step {checkpoint.step}), on {device}"
+    )
+
+
+def _opening(data: DataConfig, tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    """Prompts as data of this description begin."""
+    from loqt_ds.data.conversation import Reader
+    from loqt_ds.data.instruction import beginning_of_text
+
+    reader = Reader(data, tokenizer)
+    beginning = [] if reader.is_chat else beginning_of_text(tokenizer)
+    return lambda prompt: [*beginning, *tokenizer.encode(reader.opening(prompt))]
 
 
 def _tokenizer(directory: Path) -> Tokenizer:
@@ -163,7 +199,8 @@ def _tokenizer(directory: Path) -> Tokenizer:
     try:
         return load_tokenizer(str(directory))
     except ValueError as error:
-        raise ValueError(f"{error} (--tokenizer DIR takes another directory than the model's)") from error
+        told = " ".join(str(error).split())  # transformers tells some on several lines
+        raise ValueError(f"{told} (--tokenizer DIR takes another directory than the model's)") from error
 
 
 def _writer(model: nn.Module, name: str) -> nn.Module:
@@ -215,7 +252,7 @@ def write(loaded: Loaded, prompt: str, sampling: Sampling, *, seed: int) -> list
     import torch
 
     model: Any = loaded.model
-    ids = loaded.tokenizer.encode(prompt)
+    ids = loaded.opening(prompt)
     if not ids:
         ids = [loaded.tokenizer.eot_id]  # what every document of the training data came after
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)

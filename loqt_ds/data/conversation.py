@@ -67,6 +67,12 @@ class Reader:
             messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
         return self._conversation(messages, where)
 
+    def opening(self, prompt: str) -> str:
+        """What a model sees before it answers a prompt."""
+        if not self.is_chat:
+            return self._template.replace("{prompt}", prompt)
+        return self._render([{"role": "user", "content": prompt}], "the prompt", opens_answer=True)
+
     def _field(self, row: Mapping[str, Any], option: str, where: str) -> Any:
         name = getattr(self._data, option)
         if name not in row:

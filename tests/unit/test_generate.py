@@ -1,0 +1,124 @@
+"""`python -m loqt_ds.generate` against transformers' own generation, and what it refuses."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_export import checkpoint_of, export, llama, trained
+from transformers import AutoModelForCausalLM
+
+from loqt_ds.data.tokenizer import SentencePieceTokenizer, load_tokenizer, train_sentencepiece
+from loqt_ds.data.tokenizer import _with_real_spaces as with_real_spaces
+from loqt_ds.generate import Sampling, _Printer, load, main, write
+
+WORDS = ("one", "two", "three", "four", "five")
+TEXT = [f"the quick brown fox {word} jumps over\n  the lazy dog {word}s" for word in WORDS]
+PROMPT = "the lazy fox"
+
+
+class Made:
+    """A model, its bf16 export and a checkpoint of it, all with a tokenizer."""
+
+    def __init__(self, root: Path) -> None:
+        pieces = with_real_spaces(train_sentencepiece(TEXT * 20, 340))
+        self.tokenizer = SentencePieceTokenizer(pieces, "test", trained_here=True)
+        self.tokenizer.save(root / "words", texts=TEXT)
+        config = llama(vocab_size=340, num_hidden_layers=1)
+        self.model = trained(config)
+        self.export = root / "export"
+        export(self.model, config, self.export, format="bf16", tokenizer_dir=root / "words", verify=False)
+        self.checkpoint = checkpoint_of(self.model, config, root / "run" / "checkpoints", loqt={})
+        (root / "run" / "tokenizer" / "tokenizer.json").unlink()
+        self.bare = root / "bare"
+        export(self.model, config, self.bare, format="bf16", verify=False)
+        self.words = root / "words"
+
+    def greedy(self, model: Any, prompt: str, number: int) -> list[int]:
+        ids = torch.tensor([self.tokenizer.encode(prompt)])
+        eot = self.tokenizer.eot_id
+        made = model.generate(ids, max_new_tokens=number, do_sample=False, eos_token_id=eot, pad_token_id=3)
+        return made[0, ids.shape[1] :].tolist()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made(tmp_path_factory.mktemp("made"))
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    status = main([str(argument) for argument in ("--device", "cpu", *arguments)])
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def test_an_export_writes_what_transformers_does(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    loaded = load(made.export, None, None, around=None, device="cpu")
+    model = AutoModelForCausalLM.from_pretrained(made.export)
+    for prompt in (PROMPT, "two dogs"):
+        ids = write(loaded, prompt, Sampling(9, 0.0, 50), seed=0)
+        assert ids == made.greedy(model, prompt, 9)
+        assert capsys.readouterr().out.startswith(prompt)
+    assert len(write(loaded, PROMPT, Sampling(60, 0.0, 50), seed=0)) == 48 - len(made.tokenizer.encode(PROMPT))
+    assert "ended at the 48 tokens that the model sees" in capsys.readouterr().err
+
+
+def test_what_comes_is_printed_as_it_is_spelled(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    """Token by token, characters of several bytes among them; spaces between words stay."""
+    text = "the quick brown gr\u00f6\u00dfe \u6f22\u5b57\n  lazy dogs"
+    ids = made.tokenizer.encode(text)
+    printer = _Printer(load_tokenizer(str(made.words)), ids[:3])
+    printer.put(torch.tensor([ids[:3]]))
+    for index in ids[3:]:
+        printer.put(torch.tensor([index]))
+    printer.end()
+    assert made.tokenizer.decode(ids[:3]) + capsys.readouterr().out == text + "\n"
+
+
+def test_a_checkpoint_and_a_run_write_what_was_trained(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = made.greedy(made.model.eval(), PROMPT, 9)
+    for path in (made.checkpoint, made.checkpoint.parents[1]):
+        loaded = load(path, None, made.words, around=None, device="cpu")
+        assert write(loaded, PROMPT, Sampling(9, 0.0, 50), seed=0) == wanted and "step 30" in loaded.what
+
+
+def test_sampling_goes_by_the_seed_and_templates_come_around(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("--model", made.export, "--max-new-tokens", 12, "--temperature", 5)
+    texts = [run(capsys, *common, "--seed", seed, "--prompt", PROMPT)[1] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    plain = ("--model", made.export, "--max-new-tokens", 5, "--temperature", 0)
+    _, around, _ = run(capsys, *plain, "--template", "the {prompt} dog", "--prompt", "lazy")
+    _, whole, _ = run(capsys, *plain, "--prompt", "the lazy dog")
+    assert around.removeprefix("lazy") == whole.removeprefix("the lazy dog")
+
+
+def test_prompts_from_a_pipe_and_from_a_terminal(
+    made: Made, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ("--model", made.export, "--max-new-tokens", 3, "--temperature", 0)
+    monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
+    assert run(capsys, *common)[1].startswith(PROMPT)
+    terminal = io.StringIO(f"{PROMPT}\ntwo dogs\n\n")
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stdin", terminal)
+    _, out, _ = run(capsys, *common)
+    assert PROMPT in out and "two dogs" in out and out.count("> ") == 3
+
+
+def test_mistakes_are_told(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, problem in (
+        (("--model", tmp_path / "no"), "is no directory; give an export"),
+        (("--model", tmp_path), "holds no checkpoint"),
+        (("--model", made.bare), "--tokenizer DIR"),
+        (("--model", made.export, "--adapter", tmp_path), "holds no adapter_config.json"),
+        (("--model", made.checkpoint, "--adapter", tmp_path), "give the base's directory"),
+        (("--model", made.export, "--template", "Q:"), "has no {prompt} in it"),
+        (("--model", made.export, "--temperature", -1), "--temperature=-1.0 must be 0"),
+        (("--model", made.export, "--max-new-tokens", 0), "must be at least 1"),
+        (("--model", made.export, "--prompt", "dog " * 60), "and the model sees 48: shorten it"),
+    ):
+        status, _, err = run(capsys, "--prompt", PROMPT, *arguments)
+        assert status == 2 and err.splitlines()[-1].startswith("error: ") and problem in err, (arguments, err)
