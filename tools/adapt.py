@@ -3,17 +3,19 @@
     python tools/adapt.py --suite icelandic \\
         --english ../shared/data/en/enwiki2014/enwiki2014_train_00.jsonl.gz:../shared/data/en/enwiki2014/enwiki2014_valid.jsonl.gz \\
         --icelandic ../shared/data/is/iceec_train.jsonl.gz:../shared/data/is/iceec_valid.jsonl.gz
-    python tools/adapt.py --suite nomerge --english ... --icelandic ...
+    python tools/adapt.py --suite nomerge --english ... --icelandic ... \\
+        --gsm8k ../shared/data/gsm8k/train.jsonl.gz:../shared/data/gsm8k/test.jsonl.gz
 
 Both suites begin with the same model: a small Llama, pretrained in full rank on English, with a tokenizer of both
 languages. Then
 
     icelandic   continued pretraining: full rank, GaLore, LoRA, LoQT-nq and LoQT with one initialization and with merges;
                 held-out perplexity in Icelandic before, during and after, and what is forgotten of English
-    nomerge     adapters alone, at one rank: LoRA over the dense model, and QLoRA, LoftQ, LQ-LoRA, ApiQ and LoQT without
-                merging over the same model in NF4; a search of the learning rate for each, three seeds
+    nomerge     adapters alone, at one rank, on the answers of GSM8K: LoRA over the dense model, and QLoRA, LoftQ, LQ-LoRA,
+                ApiQ and LoQT without merging over the same model in NF4; a search of the learning rate for each, three
+                seeds
 
-(`tools/adapt_suites.py`). Any other two texts will do as well. Runs go to --work as `tools/compare.py` has them (its
+(`tools/adapt_suites.py`). Any other two languages will do as well. Runs go to --work as `tools/compare.py` has them (its
 runner is this one's, too): what is over is not repeated, and the same command goes on where it was stopped; --seeds,
 --steps and --search change what is run, --report only writes REPORT.md, results.json and plots to --output. The model
 itself, a checkpoint of transformers, is linked as --work/base: `python -m loqt_ds.train --config continue_small
@@ -44,6 +46,7 @@ from adapt_suites import (
     VOCABULARY,
     base_plan,
     contenders_of,
+    gsm8k,
     plan,
     scaled,
     with_tokenizer,
@@ -125,19 +128,20 @@ class Adaptation:
     def __init__(self, options: argparse.Namespace) -> None:
         self.work, self.suite, self.base = options.work, chosen_suite(options), scaled(BASE, options.base_steps)
         self.texts = [data_set(f"{name}={getattr(options, name)}") for name in ("english", "icelandic")]
+        self.task = self.texts[1] if options.gsm8k is None else gsm8k(options.gsm8k)
         self.until = None if options.minutes is None else time.monotonic() + 60 * options.minutes
         self.again = options.again
 
     def plans(self) -> tuple[Plan, Plan | None]:
         """(of the base, of what goes on from it, if it is there). Trains the tokenizer, where there is none."""
         tokenizer = shared_tokenizer(self.work, self.texts)
-        first, second = (with_tokenizer(data, tokenizer) for data in self.texts)
+        first, second, task = (with_tokenizer(data, tokenizer) for data in (*self.texts, self.task))
         of_base = base_plan(self.base, first, second)
         model = directory_of(self.work, base_spec(of_base)) / "model"
         if not model.is_dir():
             return of_base, None
         link_base(self.work, model)
-        return of_base, plan(self.suite, model, first, second)
+        return of_base, plan(self.suite, model, first, task)
 
     def run(self) -> bool:
         """Whether all runs are over."""
@@ -177,6 +181,9 @@ def chosen_suite(options: argparse.Namespace) -> Suite:
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise ValueError(f"--{name.replace('_', '-')} {value}: give a positive number")
+    if (options.suite == "nomerge") != (options.gsm8k is not None):
+        told = "needs --gsm8k, the task" if options.gsm8k is None else "reads no --gsm8k; leave it out"
+        raise ValueError(f"--suite {options.suite} {told}")
     if options.minutes is not None and options.minutes < LEAST_MINUTES:
         raise ValueError(f"--minutes {options.minutes:g}: give at least {LEAST_MINUTES:g}, to start and to pause")
     suite = scaled(SUITES[options.suite], options.steps)
@@ -194,8 +201,10 @@ def chosen_suite(options: argparse.Namespace) -> Suite:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--suite", choices=list(SUITES), required=True, help="what is compared")
-    for name, what in (("english", "is pretrained on"), ("icelandic", "all go on with")):
-        made.add_argument(f"--{name}", required=True, metavar="TRAIN[,TRAIN...][:VALIDATION]", help=f"text that {what}")
+    texts = "TRAIN[,TRAIN...][:VALIDATION]"
+    made.add_argument("--english", required=True, metavar=texts, help="text that the base is pretrained on")
+    made.add_argument("--icelandic", required=True, metavar=texts, help="text of another language, to go on with")
+    made.add_argument("--gsm8k", metavar="TRAIN[,TRAIN...]:VALIDATION", help="questions and answers, for nomerge")
     made.add_argument("--methods", nargs="+", metavar="METHOD", help="some of the suite's, by their full names")
     made.add_argument("--seeds", type=int, help="how many, from 0 on")
     made.add_argument("--steps", type=int, help="of every run that goes on")

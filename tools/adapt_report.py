@@ -16,7 +16,7 @@ from compare_report import finite, machines, package_line, packages, search_tabl
 from compare_suites import Plan, Result, settled
 
 NO_TRAINING = "no training"
-BASE_LABEL = {"icelandic": "full", "nomerge": "LoRA (dense base)"}  # what ratios are to
+DENSE = "LoRA (dense base)"  # what differences are to
 
 
 def perplexity(loss: float) -> float:
@@ -100,10 +100,12 @@ def nomerge_table(found: Sequence[Line], suite: str, of_model: Result) -> list[s
         "loss less LoRA's",
         "seconds to initialize",
     )
-    dense = next((line for line in found if label(suite, line.contender) == BASE_LABEL[suite]), None)
-    final = of_model["also_final"]
-    rest = [DASH, DASH, *[DASH] * 4, ""]
-    body = [[NO_TRAINING + " (dense)", DASH, f"{final['loss']:.4f}", f"{final['perplexity']:.2f}", *rest]]
+    dense = next((line for line in found if label(suite, line.contender) == DENSE), None)
+    body = []
+    if dense is not None and dense.measured:  # whose adapters add nothing at first
+        loss = at(dense.measured[0]["curve"], 0)
+        rest = [DASH, DASH, *[DASH] * 4, ""]
+        body.append([NO_TRAINING + " (dense)", DASH, f"{loss:.4f}", f"{perplexity(loss):.2f}", *rest])
     for line in found:
         cells = [
             means(line, initialized, 4),
@@ -120,7 +122,7 @@ TABLES = {"icelandic": continued_table, "nomerge": nomerge_table}
 
 TITLES = {
     "icelandic": "Continued pretraining: from English to Icelandic",
-    "nomerge": "Fine-tuning without merging: adapters alone over one quantized model",
+    "nomerge": "Fine-tuning without merging: adapters alone over one quantized model, on GSM8K",
 }
 
 READING = {
@@ -133,9 +135,9 @@ READING = {
 - All train embeddings, norms and head in full, at the second of the rates, with AdamW in 32 bits (GaLore: its own).
 - Perplexities are of one tokenizer that was trained on as much text of both languages. ± is over seeds.""",
     "nomerge": """\
-- *Loss when initialized* is on the first {eval_tokens:,} held-out tokens, before the first update: of LoQT after its
-  first step, in which P and B are found, and nothing is trained. *Loss after* is on the first {final_tokens:,}, where
-  the loss of no training is the dense base's.
+- Losses are of answers to questions of GSM8K, nats a token: of the first held-out examples, {final_tokens:,} predicted
+  tokens. *When initialized* is before the first update: of LoQT after its first step, in which P and B are found, and
+  nothing is trained. No answer is judged: a model of this size calculates none.
 - Embeddings, norms and head are frozen: adapters alone are trained, of LoQT B alone, so that at equal rank it trains
   about half of the parameters. All have AdamW in 32 bits.
 - W of LoRA is dense, of all others NF4 in blocks of 64 (QLoRA's scales quantized once more, as its paper has it). Where
@@ -162,10 +164,10 @@ def draw(found: Sequence[Line], every: Sequence[Line], suite: str, output: Path)
     drawn, lost = [], {}
     for line in every:  # the plots show labels
         line.label = label(suite, line.contender)
-    wanted = {"perplexity": compare_plots.draw_one, "final": compare_plots.draw_one, "search": compare_plots.draw_one}
-    for name, make in (wanted | {"forgetting": draw_forgetting}).items():
+    for name in ("perplexity", "final", "search", "forgetting"):
         file = output / f"{name}.png"
         file.unlink(missing_ok=True)
+        make = draw_forgetting if name == "forgetting" else compare_plots.draw_one
         try:
             if make(name, every, file):
                 drawn.append(name)

@@ -6,11 +6,15 @@ norms and head are trained, on what else they are evaluated. The model that they
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from compare_suites import DataSet, Plan, Rates, Suite
+
+from loqt_ds.data.files import resolve_paths
+from loqt_ds.data.tables import TABLES
 
 SHAPE, RANK = "llama_2m", 32
 VOCABULARY = 4096
@@ -43,7 +47,7 @@ ICELANDIC_RATES: Rates = {
 # Nothing but the adapters is trained; a search goes on from these.
 NOMERGE_RATES: Rates = {
     **dict.fromkeys(("lora", "qlora"), (4e-3, 1e-3)),
-    **dict.fromkeys(("loftq", "lqlora", "apiq"), (8e-3, 1e-3)),
+    **dict.fromkeys(("loftq", "lqlora", "apiq"), (1.2e-2, 1e-3)),
     "loqt": (1.6e-2, 1e-3),
 }
 
@@ -80,7 +84,7 @@ SUITES = {
                 "apiq:{rank}",
                 f"loqt:{{rank}}{PLAIN}{ONCE}{CONTROL}",
             ),
-            COMMON | {"steps": 120, "interval": 40, "eval_every": 60, "rows": 4, "full_rank": False},
+            COMMON | {"steps": 120, "interval": 40, "eval_every": 60, "final_tokens": 24576, "full_rank": False},
             seeds=3,
             search=(1.0, 0.5, 2.0),
             vocabulary=VOCABULARY,
@@ -120,6 +124,19 @@ def label(suite: str, contender: str) -> str:
     return names.get(f"{family}+{options}", names.get(family, contender)) if options else names.get(family, contender)
 
 
+def gsm8k(paths: str) -> DataSet:
+    """TRAIN[,TRAIN...]:VALIDATION as questions and answers, the loss on the answers alone."""
+    train, colon, held_out = paths.partition(":")
+    if not colon:
+        raise ValueError(f"--gsm8k {paths}: give TRAIN:VALIDATION, such as train.jsonl.gz:test.jsonl.gz")
+    options = ["data.format=instruction", "data.prompt_field=question", "data.response_field=answer"]
+    options.append('data.prompt_template="Question: {prompt}\\nAnswer: "')
+    for name, given in (("path", train), ("validation_path", held_out)):
+        found = resolve_paths(given.split(","), f"--gsm8k {given}: path", print, TABLES)
+        options.append(f"data.{name}={json.dumps([str(path.resolve()) for path in found])}")
+    return DataSet("gsm8k", tuple(options))
+
+
 def with_tokenizer(data: DataSet, tokenizer: Path) -> DataSet:
     """The same text, read with a tokenizer's directory."""
     return replace(data, options=(*data.options, f"data.tokenizer={tokenizer}"))
@@ -132,7 +149,7 @@ def base_plan(suite: Suite, first: DataSet, second: DataSet) -> Plan:
 
 
 def plan(suite: Suite, start: Path, first: DataSet, second: DataSet) -> Plan:
-    """Runs that go on from a checkpoint on the second text; in full rank they may forget of the first."""
+    """Runs that go on from a checkpoint on the second text; where all is trained, they may forget of the first."""
     spec = {**suite.spec, "start": str(start)}
     if suite.spec.get("full_rank", True):
         spec["also"] = first.options

@@ -136,11 +136,13 @@ class _Found(Exception):
 
 @torch.no_grad()
 def inputs_of(model: nn.Module, linear: nn.Module, setup: Setup) -> list[Tensor]:
-    """What a linear of a model is called with: (tokens, in) float32 for each row of the calibration."""
+    """What a linear of a model is called with: (tokens, in) float32 for each row of the calibration, without
+    padding."""
     device, found = torch.device(setup.device), []  # type: tuple[torch.device, list[Tensor]]
 
     def note(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        found.append(arguments[0].flatten(0, -2).float())
+        x, mask = arguments[0].flatten(0, -2).float(), batch.get("attention_mask")
+        found.append(x if mask is None else x[mask.flatten().bool().to(device)])
         raise _Found
 
     hook = linear.register_forward_pre_hook(note)

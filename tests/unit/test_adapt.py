@@ -42,6 +42,16 @@ def write_text(file: Path, letters: str, num_documents: int, seed: int) -> Path:
     return file
 
 
+def write_questions(file: Path, number: int, seed: int) -> Path:
+    """Sums, of fields as in GSM8K."""
+    draw, lines = random.Random(seed), []
+    for _ in range(number):
+        one, two = draw.randint(1, 40), draw.randint(1, 40)
+        lines.append(json.dumps({"question": f"{one} + {two}", "answer": f"{one + two}"}))
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Options of the command: two languages of different letters."""
@@ -73,7 +83,7 @@ def small(adapt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
 
     suites = {
         "icelandic": tiny(adapt.SUITES["icelandic"], methods=("adamw", ONCE)),
-        "nomerge": tiny(adapt.SUITES["nomerge"], methods=(ONCE, "lqlora:8"), seeds=1, search=(1.0, 2.0)),
+        "nomerge": tiny(adapt.SUITES["nomerge"], methods=(ONCE, "lora:8", "lqlora:8"), seeds=1, search=(1.0, 2.0)),
     }
     monkeypatch.setattr(adapt, "SUITES", suites)
     monkeypatch.setattr(adapt, "BASE", tiny(adapt.BASE))
@@ -109,6 +119,9 @@ def test_both_suites_from_one_base(
     for suite in ("icelandic", "nomerge"):
         output = tmp_path / suite
         command = ["--suite", suite, *texts, "--work", str(work), "--output", str(output)]
+        if suite == "nomerge":
+            train = write_questions(tmp_path / "train.jsonl", 30, 1)
+            command += ["--gsm8k", f"{train}:{write_questions(tmp_path / 'test.jsonl', 12, 2)}"]
         assert adapt.main(command) == 0
         before = {file: file.stat().st_mtime_ns for file in work.glob("runs/*/result.json")}
         assert adapt.main([*command, "--report"]) == 0
@@ -145,7 +158,7 @@ def test_both_suites_from_one_base(
     assert f" {forgotten:.2f} " in row and f" {runs['adamw']['final']['perplexity']:.2f} " in row
 
     trained = {run["spec"]["method"]: run["trained_parameters"] for run in found["nomerge"]["runs"].values()}
-    assert trained[ONCE] < trained["lqlora:8"] < base["trained_parameters"]
+    assert trained[ONCE] < trained["lora:8"] == trained["lqlora:8"] < base["trained_parameters"]
     (row,) = [line for line in found["nomerge"]["text"].splitlines() if line.startswith("| LoQT, no merge |")]
     entry = next(item for item in found["nomerge"]["summary"] if item["contender"] == ONCE)
     assert f" {entry['initialized_loss']['0']:.4f} " in row and f" {entry['loss']['0']:.4f} " in row
@@ -166,6 +179,9 @@ def test_the_shipped_suites_can_be_run(adapt: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        (["--suite", "nomerge"], "needs --gsm8k"),
+        (["--gsm8k", "a:b"], "reads no --gsm8k"),
+        (["--suite", "nomerge", "--gsm8k", "a.jsonl"], "TRAIN:VALIDATION"),
         (["--steps", "0"], "--steps 0"),
         (["--minutes", "0.5"], "at least"),
         (["--methods", "adam"], "suite icelandic has adamw"),
