@@ -153,5 +153,5 @@ def how_to_load(report: ExportReport) -> str:
             f"AutoModelForCausalLM.from_pretrained({report.adapter.base!r})"
         )
     if report.format == "gguf":
-        return f"load it with llama.cpp (-m {str(report.output_dir / 'model.gguf')!r}), which was not run here"
+        return f"load it with llama.cpp (-m {str(report.output_dir / 'model.gguf')!r}), which an export does not run"
     return f"load it with AutoModelForCausalLM.from_pretrained({str(report.output_dir)!r})"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from test_export import SHAPES, export, llama, logits, merged_twin, relative, trained
-from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from loqt_ds.data.tokenizer import SentencePieceTokenizer, train_sentencepiece
 from loqt_ds.data.tokenizer import _with_real_spaces as with_real_spaces
@@ -164,3 +164,30 @@ def test_what_a_file_cannot_say_is_refused(tmp_path: Path, tokenizer: Any, monke
     config.model_type = "llama"
     monkeypatch.setattr(gguf_module, "_reordered", lambda name, values, config: values.contiguous())
     refused("attn_q.weight of model.gguf is 1.* away from model.layers.0.self_attn.q_proj.weight")
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_llama_cpp_computes_the_same(tmp_path: Path, tokenizer: Any, family: str) -> None:
+    """llama.cpp itself, where `xllamacpp` is installed: it loads the file, and its log-probabilities are ours."""
+    llama_cpp = pytest.importorskip("xllamacpp", reason="llama.cpp (pip install xllamacpp) is not installed")
+    kind = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}[family]
+    config = kind(**(llama(vocab_size=352).to_dict() | {"model_type": family}))
+    model = trained(config)
+    export(model, config, tmp_path / "out", format="gguf", gguf_type="f16", tokenizer_dir=tokenizer[1])
+    options = llama_cpp.CommonParams()
+    options.model.path = str(tmp_path / "out" / "model.gguf")
+    options.n_ctx, options.n_parallel, options.warmup = 48, 1, False
+    options.cpuparams.n_threads = options.cpuparams_batch.n_threads = 1
+    server = llama_cpp.Server(options)
+    ids = tokenizer[0].encode("the lazy fox jumps")
+    asked = {"max_tokens": 4, "temperature": 0.0, "logprobs": 10, "cache_prompt": False}
+    answer = server.handle_completions({"prompt": ids, **asked})
+    twin = merged_twin(model, config).eval()
+    for made in answer["choices"][0]["logprobs"]["content"]:
+        with torch.no_grad():
+            wanted = twin(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        assert all(abs(top["logprob"] - wanted[top["id"]]) < 0.02 for top in made["top_logprobs"])
+        ids = [*ids, made["id"]]
+    for text in (*TEXT, "  x\n\n y", "größe 漢字"):  # as many tokens as training makes of it
+        usage = server.handle_completions({"prompt": text, **asked})["usage"]
+        assert usage["prompt_tokens"] == len(tokenizer[0].encode(text)), text
