@@ -45,6 +45,7 @@ from loqt_ds.method.conversion import (
     initializer,
     materialize_zeros,
     task_head_parameters,
+    unpack_experts,
 )
 from loqt_ds.method.description import model_description, training_dtype
 from loqt_ds.metrics import MetricsLogger
@@ -372,9 +373,16 @@ def check_model(config: Config) -> None:
 def _source_of(config: Config) -> Callable[[nn.Module], WeightSource]:
     """Where the model's weights come from: the seed, or files (which may lack the head of the task)."""
     if config.model.path is None:
-        return initializer(config.train.seed)
-    has_own_head = config.model.task in ("classification", "regression")
-    return checkpoint_files(config.model.path, seed=config.train.seed if has_own_head else None)
+        make = initializer(config.train.seed)
+    else:
+        has_own_head = config.model.task in ("classification", "regression")
+        make = checkpoint_files(config.model.path, seed=config.train.seed if has_own_head else None)
+
+    def source(model: nn.Module) -> WeightSource:
+        unpack_experts(model, config.loqt.target_modules)  # by whose names weights are asked for
+        return make(model)
+
+    return source
 
 
 def configure_model(config: Config, tokenizer: Tokenizer) -> Any:

@@ -69,7 +69,7 @@ class LoQTConfig:
     """How P is found: exact SVD of the gradient, eigenvectors of its Gram matrix, subspace iteration on the gradient,
     or a randomized sketch that stands for it; auto takes gram up to a smaller side of 128, from there to 512
     iterated (gram where the rank is more than half of it), and sketch above. With several ranks, a sketch needs all of
-    them to reach the layers in the same order; a model that does not (experts, dropped layers) takes iterated."""
+    them to reach the layers in the same order: experts take iterated then, and a model that drops layers must."""
     sketch_oversampling: int = 32
     """Gaussian columns p added to the rank in a sketch and in subspace iteration."""
     optimizer_state: Literal["keep", "reset", "project", "transport"] = "transport"

@@ -23,11 +23,13 @@ from loqt_ds.checkpoint import (
 from loqt_ds.config import Config, from_dict
 from loqt_ds.export import adapter, gguf, writer
 from loqt_ds.export.base import Contents, contents_of, stored_weights
+from loqt_ds.export.layout import Layout
 from loqt_ds.export.pack import WeightFormat, pack_layer, packed_num_bytes
 from loqt_ds.export.report import GIB, ExportError, ExportReport, LayerReport
-from loqt_ds.export.verify import Expected, load_export, random_tokens, verify_export, verify_files
+from loqt_ds.export.verify import Expected, example_inputs, load_export, verify_export, verify_files
 from loqt_ds.method.conversion import build_meta, loqt_layers, output_head, tie_weights
 from loqt_ds.method.description import transformers_config
+from loqt_ds.method.experts import is_expert
 from loqt_ds.method.linear import LoQTLinear
 from loqt_ds.shards import saved_masters
 
@@ -122,6 +124,11 @@ def export_model(
     return report
 
 
+def _generates(model: nn.Module) -> bool:
+    can_generate = getattr(model, "can_generate", None)
+    return bool(can_generate()) if callable(can_generate) else True
+
+
 def _write_model(
     directory: Path,
     expected: Expected,
@@ -138,10 +145,11 @@ def _write_model(
     written = writer.write_weights(directory, units, int(max_shard_size_gib * GIB))
     if model_config is not None:
         config_json = writer.model_config_json(model, expected.layers, model_config, expected.weight_format)
-        writer.write_configuration(directory, config_json, model_config)
+        writer.write_configuration(directory, config_json, model_config, generates=_generates(model))
     if tokenizer_dir is not None:
         writer.copy_tokenizer(tokenizer_dir, directory)
     report.num_bytes, report.num_shards = written.num_bytes, len(written.files)
+    report.notes += _dense_note(expected)
     if report.format != "adapter":
         report.notes += _copied_note(report.layers)
     return written
@@ -206,7 +214,7 @@ def _write_adapter(
             model,
             layers,
             factors,
-            {"input_ids": random_tokens(expected.model_config, str(device))},
+            example_inputs(model, str(device)),
             expected.weight_format.dtype,
         )
 
@@ -334,7 +342,9 @@ def _expected(
     of_masters = {name: layers[name].canonical(masters[f"{name}.B"]) for name in layers if f"{name}.B" in masters}
     weight_format, notes = _weight_format(layers, format, double_quant)
     expected = Expected(
+        model_class=type(model),
         model_config=model_config,
+        layout=Layout(model, model_config),
         weight_format=weight_format,
         layers=layers,
         factors=of_masters,
@@ -373,6 +383,16 @@ def _copied_note(reports: list[LayerReport]) -> list[str]:
     return [f"B is zero in {num_copied} of {len(reports)} matrices: their stored codes are copied as they are"]
 
 
+def _dense_note(expected: Expected) -> list[str]:
+    dense = [name for name in expected.layers if expected.format_of(name).quant_type is None]
+    if not dense or expected.weight_format.quant_type is None:
+        return []
+    return [
+        f"transformers has no 4-bit module for {len(dense)} of {len(expected.layers)} matrices (experts, or what a "
+        f"model keeps in float32): they are written as {expected.format_of(dense[0]).label} ({dense[0]} is one)"
+    ]
+
+
 def _patched_note(patched: list[str]) -> list[str]:
     if not patched:
         return []
@@ -406,20 +426,45 @@ def _units(expected: Expected, reports: list[LayerReport]) -> list[writer.Unit]:
     """What to write, in the order of the model; making a layer's appends to `reports`."""
 
     def dense_unit(name: str, tensor: Tensor) -> writer.Unit:
-        dtype = expected.weight_format.dtype if tensor.is_floating_point() else tensor.dtype
-        return writer.Unit(tensor.numel() * dtype.itemsize, lambda: {name: tensor.to(dtype)})
+        return writer.Unit(num_bytes(tensor), lambda: {layout.dense_name(name): tensor.to(dtype_of(tensor))})
 
-    def layer_unit(name: str, layer: LoQTLinear) -> writer.Unit:
-        def make() -> dict[str, Tensor]:
-            tensors, report = pack_layer(name, layer, expected.factors.get(name), expected.weight_format)
-            reports.append(report)
-            expected.merge_errors[name] = report.merge_error
-            return {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+    def dtype_of(tensor: Tensor) -> torch.dtype:
+        return expected.weight_format.dtype if tensor.is_floating_point() else tensor.dtype
 
-        return writer.Unit(packed_num_bytes(layer.weight_shape, expected.weight_format), make)
+    def num_bytes(tensor: Tensor) -> int:
+        return tensor.numel() * dtype_of(tensor).itemsize
 
-    dense = [dense_unit(name, tensor) for name, tensor in expected.dense.items()]
-    return dense + [layer_unit(name, layer) for name, layer in expected.layers.items()]
+    def pack(name: str) -> tuple[LoQTLinear | None, dict[str, Tensor]]:
+        layer = expected.layers.get(name)
+        if layer is None:
+            weight = expected.dense[f"{name}.weight"]
+            return None, {"weight": weight.to("cpu", dtype_of(weight))}
+        tensors, report = pack_layer(name, layer, expected.factors.get(name), expected.format_of(name))
+        reports.append(report)
+        expected.merge_errors[name] = report.merge_error
+        return layer, tensors
+
+    def unit(names: list[str]) -> writer.Unit:
+        size = sum(
+            packed_num_bytes(expected.layers[name].weight_shape, expected.format_of(name))
+            if name in expected.layers
+            else num_bytes(expected.dense[f"{name}.weight"])
+            for name in names
+        )
+        return writer.Unit(size, lambda: layout.to_files({name: pack(name) for name in names}))
+
+    layout = expected.layout
+    dense: list[writer.Unit] = []
+    of_experts: list[str] = []  # by module: matrices of experts that are not adapted
+    for name, tensor in expected.dense.items():
+        if is_expert(name.removesuffix(".weight")):
+            of_experts.append(name.removesuffix(".weight"))
+        else:
+            dense.append(dense_unit(name, tensor))
+    groups: dict[str, list[str]] = {}
+    for name in (*expected.layers, *of_experts):
+        groups.setdefault(layout.group(name), []).append(name)
+    return dense + [unit(names) for names in groups.values()]
 
 
 # ------------------------------------------------------------------------------------------------- from a checkpoint
@@ -431,12 +476,12 @@ def rebuild(checkpoint: Checkpoint) -> tuple[nn.Module, Any]:
         if key not in checkpoint.metadata:
             raise ExportError(f"{checkpoint.path} was not written by a training run: its metadata has no {key!r}")
     model_config = transformers_config(checkpoint.metadata["model_config"], str(checkpoint.path))
-    loqt = from_dict(checkpoint.metadata["config"], source=str(checkpoint.path)).loqt
+    config = from_dict(checkpoint.metadata["config"], source=str(checkpoint.path))
     state = checkpoint.tensors("model")
     trained_dtypes = {tensor.dtype for name, tensor in state.items() if name.endswith(".B")}
     if len(trained_dtypes) != 1:
         raise ExportError(f"{checkpoint.path} holds trained factors of types {trained_dtypes or 'none at all'}")
-    model = build_meta(model_config, loqt, dtype=trained_dtypes.pop())
+    model = build_meta(model_config, config.loqt, dtype=trained_dtypes.pop(), task=config.model.task)
     try:
         missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:  # shapes

@@ -14,6 +14,7 @@ those layers of the reloaded model are then computed from their codes, and the r
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,10 +28,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from loqt_ds.core.quantization import BLOCKSIZE, Packed, dequantize
+from loqt_ds.export.layout import Layout
 from loqt_ds.export.pack import WeightFormat, from_tensors, merge_error
 from loqt_ds.export.report import ExportError, Verification
 from loqt_ds.export.writer import WrittenWeights
-from loqt_ds.method.conversion import build_empty, tie_weights
+from loqt_ds.method import experts
+from loqt_ds.method.conversion import empty_of, tie_weights
 from loqt_ds.method.linear import LoQTLinear
 
 # bf16 has 8 bits; kernels that add in another order differ by that much in each layer. A wrong dequantization differs
@@ -43,7 +46,9 @@ NUM_ROWS, NUM_COLUMNS = 2, 32
 class Expected:
     """What the reloaded model must equal."""
 
+    model_class: type[nn.Module]
     model_config: Any
+    layout: Layout
     weight_format: WeightFormat
     layers: Mapping[str, LoQTLinear]
     factors: Mapping[str, Tensor]
@@ -53,14 +58,24 @@ class Expected:
     merge_errors: dict[str, float]
     """‖W_eff − W_export‖ / ‖W_eff‖ of each layer as it was written; filled in by the writing."""
 
+    def format_of(self, name: str) -> WeightFormat:
+        """How a layer is written."""
+        return self.layout.format_of(name, self.weight_format)
+
 
 class _ReferenceLinear(nn.Module):
     """A linear whose weight is made each time it is used, so that no second copy of the model is held."""
 
-    def __init__(self, weight: Callable[[], Tensor]):
+    def __init__(self, weight: Callable[[], Tensor], dtype: torch.dtype):
         super().__init__()
         self.make_weight = weight
         self.bias: nn.Parameter | None = None
+        self._dtype = dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """For code that asks a linear for its dtype."""
+        return torch.empty(0, dtype=self._dtype, device="meta")
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.make_weight().to(x.dtype), self.bias)
@@ -86,11 +101,11 @@ def verify_export(directory: Path, written: WrittenWeights, expected: Expected) 
     reloaded = _reload(directory, device)
     stored = StoredTensors(directory, written.weight_map)
     patched = _compare_tensors(reloaded, stored, expected)
-    tokens = random_tokens(expected.model_config, device)
-    actual = reloaded(input_ids=tokens).logits.float()
+    inputs = example_inputs(reloaded, device)
+    actual = logits_of(reloaded, inputs)
     del reloaded
-    wanted = _Reference(expected, stored, device, merged=False).logits(tokens)
-    merged = _Reference(expected, stored, device, merged=True).logits(tokens)
+    wanted = _Reference(expected, stored, device, merged=False).logits(inputs)
+    merged = _Reference(expected, stored, device, merged=True).logits(inputs)
     if not torch.isfinite(actual).all():
         raise ExportError("the reloaded model computes logits that are not finite")
     relative = relative_difference(actual, wanted)
@@ -101,7 +116,7 @@ def verify_export(directory: Path, written: WrittenWeights, expected: Expected) 
         )
     return Verification(
         device=device,
-        num_tokens=tokens.numel(),
+        num_tokens=next(iter(inputs.values())).numel(),
         logits_max_difference=(actual - wanted).abs().max().item(),
         logits_relative_difference=relative,
         merged_logits_relative_difference=relative_difference(actual, merged),
@@ -118,10 +133,46 @@ def relative_difference(actual: Tensor, wanted: Tensor) -> float:
 def random_tokens(model_config: Any, device: str) -> Tensor:
     """(rows, columns) token ids of a model, always the same."""
     text_config = model_config.get_text_config()
-    num_columns = min(NUM_COLUMNS, getattr(text_config, "max_position_embeddings", NUM_COLUMNS))
+    longest = [getattr(text_config, name, None) for name in ("max_position_embeddings", "max_target_positions")]
+    num_columns = min([NUM_COLUMNS, *(limit for limit in longest if isinstance(limit, int) and limit > 0)])
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, text_config.vocab_size, (NUM_ROWS, num_columns), generator=generator)
+    tokens = torch.randint(0, getattr(text_config, "vocab_size", 2), (NUM_ROWS, num_columns), generator=generator)
     return tokens.to(device)
+
+
+def example_inputs(model: Any, device: str) -> dict[str, Tensor]:
+    """Arguments for a forward of a transformers model, always the same: tokens, an image or sounds, by what the model
+    says that it reads; and tokens for its decoder where it has one of its own.
+
+    Raises ExportError for a model that reads something else.
+    """
+    config, name = model.config, model.main_input_name
+    draw = torch.Generator().manual_seed(1)
+    tokens = random_tokens(config, device)
+    if name == "input_ids":
+        inputs = {name: tokens}
+    elif name == "pixel_values" and isinstance(getattr(config, "image_size", None), int):
+        size = config.image_size
+        inputs = {name: torch.randn(NUM_ROWS, config.num_channels, size, size, generator=draw)}
+    elif name == "input_features" and hasattr(config, "num_mel_bins"):
+        frames = 2 * config.max_source_positions
+        inputs = {name: torch.randn(NUM_ROWS, config.num_mel_bins, frames, generator=draw)}
+    else:
+        raise ExportError(
+            f"{type(model).__name__} reads {name}, of which nothing is known here: export without --verify"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = tokens
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return {key: v.to(device, dtype) if v.is_floating_point() else v.to(device) for key, v in inputs.items()}
+
+
+@torch.no_grad()
+def logits_of(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The logits, float32; of a model without, its first output."""
+    outputs = model(**inputs)
+    logits: Tensor = outputs.logits if hasattr(outputs, "logits") else outputs[0]
+    return logits.float()
 
 
 # ------------------------------------------------------------------------------------------------- reloading
@@ -159,12 +210,14 @@ def load_export(directory: Path, *, device: str = "cpu") -> nn.Module:
 
 
 def _reload(directory: Path, device: str) -> nn.Module:
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     try:
+        # What the Auto classes look up, and also what has none of them.
+        (name,) = json.loads((directory / "config.json").read_text())["architectures"]
         with quiet_transformers():
             # A pair, because of output_loading_info; its annotation does not say so.
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = getattr(transformers, name).from_pretrained(
                 directory, device_map={"": device}, output_loading_info=True, local_files_only=True
             )
     except Exception as error:  # whatever transformers raises, the export does not load
@@ -200,7 +253,7 @@ class StoredTensors:
 def _compare_tensors(reloaded: nn.Module, stored: StoredTensors, expected: Expected) -> list[str]:
     """Compare everything stored with what the reloaded model holds; returns the layers that had to be patched."""
     patched = []
-    adapted = expected.layers if expected.weight_format.quant_type is not None else {}
+    adapted = {n: layer for n, layer in expected.layers.items() if expected.format_of(n).quant_type is not None}
     for name, layer in adapted.items():
         module = reloaded.get_submodule(name)
         problem = _compare_quantized(module, stored.of_weight(name), expected.weight_format, layer.weight_shape)
@@ -212,8 +265,8 @@ def _compare_tensors(reloaded: nn.Module, stored: StoredTensors, expected: Expec
     quantized = tuple(f"{name}.weight" for name in adapted)
     for name in stored.names:
         if not name.startswith(quantized) or not quantized:
-            wanted = stored.get(name)
-            if name not in own or own[name].dtype != wanted.dtype or not torch.equal(own[name].cpu(), wanted):
+            wanted, held = stored.get(name), expected.layout.in_model(name, own)
+            if held is None or held.dtype != wanted.dtype or not torch.equal(held.cpu(), wanted):
                 raise ExportError(f"{name} of the reloaded model is not what was stored")
     return patched
 
@@ -286,10 +339,11 @@ class _Reference:
         self._device = torch.device(device)
         self._merged = merged
         dtype = torch.float32 if merged else expected.weight_format.dtype
-        model = build_empty(expected.model_config)
+        model = empty_of(expected.model_class, expected.model_config)
+        experts.unpack(model, expected.layers.__contains__)
         for name in expected.layers:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, _ReferenceLinear(partial(self._weight, name)))
+            setattr(model.get_submodule(parent), child, _ReferenceLinear(partial(self._weight, name), dtype))
         for name, tensor in expected.dense.items():
             parent, _, child = name.rpartition(".")
             value = tensor.detach().to(self._device, dtype if tensor.is_floating_point() else tensor.dtype)
@@ -304,7 +358,7 @@ class _Reference:
         self._model = model.to(self._device).eval()
 
     def _weight(self, name: str) -> Tensor:
-        layer, weight_format = self._expected.layers[name], self._expected.weight_format
+        layer, weight_format = self._expected.layers[name], self._expected.format_of(name)
         packed = {key: value.to(layer.B.device) for key, value in self._packed(name).items()}
         if not self._merged:
             dtype = weight_format.dtype
@@ -320,8 +374,11 @@ class _Reference:
         return merged.to(self._device)
 
     def _packed(self, name: str) -> Packed:
-        return from_tensors(self._stored.of_weight(name), self._expected.weight_format)
+        layer, own = self._expected.layers[name], self._stored.of_weight(name)
+        tensors = self._expected.layout.of_weight(name, layer, own, self._stored.get)
+        return from_tensors(tensors, self._expected.format_of(name))
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """(rows, columns, vocabulary) float32."""
-        return self._model(input_ids=tokens).logits.float()
+    def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Float32; numbers among the inputs are taken to the model's dtype."""
+        dtype = next(self._model.parameters()).dtype
+        return logits_of(self._model, {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()})

@@ -129,11 +129,16 @@ def model_config_json(
     return config.to_json_string()
 
 
-def write_configuration(directory: Path, config_json: str, model_config: Any, **generation_options: Any) -> None:
-    """Write `config.json`, and `generation_config.json` with what the model's configuration says and the options."""
+def write_configuration(
+    directory: Path, config_json: str, model_config: Any, *, generates: bool = True, **generation_options: Any
+) -> None:
+    """Write `config.json`, and for a model that generates `generation_config.json` with what the model's configuration
+    says and the options."""
     from transformers import GenerationConfig
 
     write_bytes(directory / "config.json", config_json.encode())
+    if not generates:
+        return
     generation = GenerationConfig.from_model_config(model_config)
     generation.update(**generation_options)
     write_bytes(directory / "generation_config.json", generation.to_json_string().encode())

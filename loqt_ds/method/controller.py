@@ -140,6 +140,7 @@ class Controller:
         ranks: Ranks = ALONE,
     ) -> None:
         self.layers, self.options, self.store, self.ranks = layers, options, store, ranks
+        self._check_experts()
         self.schedule = ReinitSchedule(options.schedule, options.interval, options.growth, options.max_gap)
         costs = {name: self._cost(layer) for name, layer in layers.items()}
         self.owners = assign_owners(costs, ranks.world_size)
@@ -150,6 +151,14 @@ class Controller:
         self._initialized: set[str] = set()
         self._overdue = False
         self._current: Step | None = None
+
+    def _check_experts(self) -> None:
+        name = next((name for name, layer in self.layers.items() if layer.is_conditional), None)
+        if name is not None and self.options.subspace == "sketch" and self.ranks.world_size > 1:
+            raise ValueError(
+                f"loqt.subspace=sketch with {self.ranks.world_size} ranks needs every rank to reach every layer, which "
+                f"experts ({name}) do not promise; use loqt.subspace=iterated, or auto, which takes it for experts"
+            )
 
     def _cost(self, layer: LoQTLinear) -> float:
         """Operations of a re-initialization, about: decomposition, merge, compensation."""
@@ -180,7 +189,10 @@ class Controller:
 
     def method(self, layer: LoQTLinear) -> str:
         """exact, gram, iterated or sketch, for this layer."""
-        return subspace_method(layer, self.options.subspace)
+        method = subspace_method(layer, self.options.subspace)
+        if method == "sketch" and layer.is_conditional and self.ranks.world_size > 1:
+            return "iterated"  # ranks reach different experts, and a sketch is agreed upon where it is taken
+        return method
 
     def begin_step(self, step: int) -> None:
         """Starts step `step` (0-based). Taps every layer if the schedule, or a skipped step before, asks for it."""

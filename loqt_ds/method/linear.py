@@ -172,6 +172,8 @@ class LoQTLinear(nn.Module):
         self.spec_w, self.spec_p = spec_w, spec_p
         self.product = product
         self.tap: Tap | None = None
+        self.is_stored_transposed = False  # in checkpoints of others: (in, out), as GPT-2's Conv1D
+        self.is_conditional = False  # an expert: there are steps in which it is not called
         self.keeps_dequantized = False
         self._kept: tuple[tuple[int, ...], Tensor] | None = None  # W_q, and the versions of the bytes it is of
         for prefix, shape, spec in (("w", self.weight_shape, spec_w), ("p", self.basis_shape, spec_p)):
@@ -205,6 +207,12 @@ class LoQTLinear(nn.Module):
     def factor_length(self) -> int:
         """l: the side that B lives on."""
         return self.out_features if self.side == "right" else self.in_features
+
+    @property
+    def weight(self) -> Tensor:
+        """A tensor (out, in) in the dtype of B that has no values, for code that asks a linear for its shape, dtype or
+        device (T5 does before it calls one); computing with it raises. See `weight_q` and `effective_weight`."""
+        return torch.empty(self.weight_shape, dtype=self.B.dtype, device="meta")
 
     def _packed(self, prefix: str) -> Packed:
         return {name[2:]: b for name, b in self._buffers.items() if b is not None and name.startswith(prefix)}
