@@ -208,7 +208,8 @@ def _override_value(text: str, hint: Any, where: str) -> Any:
         if not _accepts(hint, str):
             raise ConfigError(f"{where}={text!r} is not valid YAML; give {describe_type(hint)}") from error
         value = text
-    if _accepts(hint, str) and not _accepts(hint, int) and not isinstance(value, str | list | None):
+    is_braced = isinstance(value, dict) and text.lstrip().startswith("{")  # a mapping is meant, and refused
+    if _accepts(hint, str) and not _accepts(hint, int) and not isinstance(value, str | list | None) and not is_braced:
         value = text  # `name=0017` is not the octal number YAML makes of it, `Question: {prompt}` no mapping
     return value
 

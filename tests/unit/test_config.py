@@ -65,6 +65,7 @@ def test_file_then_overrides(tmp_path: Path) -> None:
         ("model.vocab_size=512", 512),
         ("train.device=cuda:1", "cuda:1"),
         ("name=0017", "0017"),  # YAML alone reads the octal number 15
+        ("data.prompt_template=Question: {prompt}\nAnswer: ", "Question: {prompt}\nAnswer: "),  # YAML reads a mapping
         ("name=yes", "yes"),  # and here a boolean
         ("loqt.target_modules=.*[qv]_proj", ".*[qv]_proj"),
         ("loqt.target_modules=[qv]_proj.*", "[qv]_proj.*"),  # not YAML at all
