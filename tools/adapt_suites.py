@@ -84,7 +84,9 @@ SUITES = {
                 "apiq:{rank}",
                 f"loqt:{{rank}}{PLAIN}{ONCE}{CONTROL}",
             ),
-            COMMON | {"steps": 120, "interval": 40, "eval_every": 60, "final_tokens": 24576, "full_rank": False},
+            COMMON
+            | {"steps": 120, "interval": 40, "eval_every": 60, "final_tokens": 24576, "full_rank": False}
+            | {"rows": 4, "length": 512},  # at 256 almost half of the examples would be too long
             seeds=3,
             search=(1.0, 0.5, 2.0),
             vocabulary=VOCABULARY,
