@@ -28,7 +28,8 @@ model, X̂ in the one whose earlier matrices are done, so that it makes up for t
 small, over A, B and the clipping θ of each block of 64: its scale is σ(θ) times its largest magnitude. A starts as
 PEFT's, B at zero, θ at 4; rounding passes gradients on as they come. Rates, decay and epochs are those of the authors'
 script (scripts/quantize.sh of BaohaoLiao/ApiQ), a row of text a step. Departures: levels are NF4's, as of all methods
-here, and not evenly spaced with a zero point; there are `CALIBRATION_ROWS` rows instead of 128, of the run's length.
+here, and not evenly spaced with a zero point; there are `ROWS_OF_APIQ` rows instead of 128, of the run's length, so
+that a matrix takes fewer steps.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -50,7 +52,8 @@ from loqt_ds.evaluation import model_inputs, num_predicted
 from loqt_ds.method import head
 
 CALIBRATED = ("lqlora", "apiq")  # need Setup.calibration
-CALIBRATION_ROWS = 32
+CALIBRATION_ROWS = 32  # that LQ-LoRA looks at
+ROWS_OF_APIQ = 16  # of them: it takes EPOCHS steps for each matrix with each
 MOST_ALTERNATIONS = 100
 EPOCHS = 20
 LR_FACTORS, LR_CLIPPING, DECAY = 5e-4, 5e-3, 0.1
@@ -147,7 +150,7 @@ def inputs_of(model: nn.Module, linear: nn.Module, setup: Setup) -> list[Tensor]
 
     hook = linear.register_forward_pre_hook(note)
     try:
-        for batch in rows_of(setup):
+        for batch in islice(rows_of(setup), ROWS_OF_APIQ):
             inputs, _ = model_inputs(batch, device)
             try:
                 with setup.computing():
@@ -165,18 +168,19 @@ class Clipped:
 
     shape: torch.Size
     blocks: Tensor
+    absmax: Tensor  # (blocks, 1)
     theta: Tensor  # (blocks, 1)
 
     @staticmethod
     def of(weight: Tensor) -> Clipped:
         flat = nn.functional.pad(weight.detach().float().reshape(-1), (0, -weight.numel() % BLOCKSIZE))
         blocks = flat.view(-1, BLOCKSIZE)
-        theta = torch.full_like(blocks[:, :1], START_OF_CLIPPING).requires_grad_()
-        return Clipped(weight.shape, blocks, theta)
+        absmax = blocks.abs().amax(dim=1, keepdim=True)
+        return Clipped(weight.shape, blocks, absmax, torch.full_like(absmax, START_OF_CLIPPING).requires_grad_())
 
     def values(self) -> Tensor:
         """What codes and scales show (out, in); the gradient of θ passes through the rounding as if there were none."""
-        scales = self.theta.sigmoid() * self.blocks.abs().amax(dim=1, keepdim=True)
+        scales = self.theta.sigmoid() * self.absmax
         fractions = (self.blocks / torch.where(scales > 0, scales, 1.0)).clamp(-1.0, 1.0)
         table = levels("nf4", self.blocks.device)
         nearest = table[torch.bucketize(fractions.detach(), (table[1:] + table[:-1]) / 2)]
