@@ -12,9 +12,10 @@ import pytest
 import torch
 import yaml
 from helpers import llama_config, lm_loss, make_config, token_batch
+from killable import run_ranks
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
-from workshop import Result, Workshop, events, losses, main
+from workshop import ZERO2, Result, Workshop, events, losses, main
 
 from loqt_ds.config import load_config
 from loqt_ds.data.tokenizer import train_sentencepiece
@@ -224,3 +225,31 @@ def test_under_deepspeed_with_exact_match(workshop: Workshop, examples: dict[str
     finetune(workshop, alone, options).ok()
     for one, other in zip(evaluated, events(alone, "eval"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_ranks_choose_the_same_best_as_one(workshop: Workshop, examples: dict[str, Any], tmp_path: Path) -> None:
+    """The rows of a step, the answers and the best checkpoint are those of one process; then two go on from it all."""
+    options = examples | {"eval__metric": "exact_match", "eval__max_new_tokens": 6, "eval__patience": 4}
+    options |= {"data__validation_path": tmp_path / "test.jsonl", "export__format": "adapter"}
+    (tmp_path / "test.jsonl").write_text(sums(6, 2))
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    finetune(workshop, alone, options).ok()
+
+    def two(**changes: Any) -> list[str]:
+        given = options | {"output_dir": together, "train__micro_batch_size": 2} | changes
+        own = ["--ds_config", str(ZERO2), *workshop.overrides(**given)]
+        statuses, printed = run_ranks([own] * 2, folder=tmp_path)
+        assert statuses == [0, 0], "\n".join(printed)
+        return printed
+
+    printed = two()
+    for one, other in zip(events(alone, "eval"), events(together, "eval"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=0.02)
+    (best,), (expected,) = ((run / "best").glob("step_*") for run in (together, alone))
+    assert best.name == expected.name and "back to the best" in printed[0] and not printed[1]
+    assert (together / "export" / "adapter" / "adapter_model.safetensors").is_file()
+    before = len(losses(together))
+    two(checkpoint__resume="auto")
+    assert len(losses(together)) == before, "nothing is left to do"
+    assert [path.name for path in together.glob("export*")] == ["export"]

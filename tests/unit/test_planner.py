@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import llama_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import LlamaForCausalLM
 
 from loqt_ds.checkpoint import Checkpoint
 from loqt_ds.config import Config, ConfigError, load_config
@@ -99,6 +101,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "merged, W kept": ("train.dtype=bf16", "loqt.product=merged", "loqt.dequantized_cache_gib=1"),
     "accumulated": ("train.dtype=bf16", "train.gradient_accumulation_steps=2"),
     "layer-wise, accumulated": (*LEAST, "train.gradient_accumulation_steps=2"),
+    "B alone": ("train.dtype=bf16", "optim.train_full_rank=false"),
 }
 
 
@@ -128,6 +131,32 @@ def test_peaks_are_those_of_live_tensors(shape: str, case: str) -> None:
     for part, num_bytes in measured.items():
         assert planned.peak_bytes(part) - planned.entries["context"] == pytest.approx(num_bytes, rel=0.1), part
     assert set(measured) == {*planned.parts_of_run} - {"export"}
+
+
+def test_frozen_parameters_stay_but_are_not_trained(shape: str) -> None:
+    all_, alone = (plan(small(shape, "train.dtype=bf16", *more)) for more in ((), ("optim.train_full_rank=false",)))
+    full = all_.entries["full_rank_parameters"]
+    assert alone.entries["full_rank_parameters"] == full and all_.num_trained - alone.num_trained == full // 2
+    assert all_.entries["masters"] - alone.entries["masters"] == 2 * full
+    assert all_.entries["gradients"] - alone.entries["gradients"] == full
+    assert all_.entries["moments"] > alone.entries["moments"] + full
+
+
+def test_the_cache_of_answers_is_that_of_transformers(tmp_path: Path) -> None:
+    """Grouped keys, and one block twice: it is copied as it grows."""
+    made = llama_config(num_hidden_layers=3)
+    (tmp_path / "config.json").write_text(json.dumps(made.to_dict()))
+    options = ["data.format=instruction", "data.path=x", "data.tokenizer=x", "data.sequence_length=40", "loqt.rank=8"]
+    options += ["eval.metric=exact_match", "eval.micro_batch_size=3", "train.dtype=fp32", "train.device=cpu"]
+    config = load_config(None, [f"model.shape={tmp_path / 'config.json'}", *options, "eval.max_new_tokens=9"])
+    longer = load_config(None, [f"model.shape={tmp_path / 'config.json'}", *options, "eval.max_new_tokens=10"])
+    cache = LlamaForCausalLM(made)(torch.zeros(3, 49, dtype=torch.long), use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    planned = plan(config)
+    grown = plan(longer).entries["answers"] - planned.entries["answers"]
+    assert grown * 49 == held // 3 * 4, "of three blocks, and one of them twice"
+    assert planned.entries["answers"] > held and "evaluation" in planned.parts_of_run
+    assert planned.peak_bytes("evaluation") == planned.phase_bytes("evaluation") > planned.entries["answers"]
 
 
 # ---------------------------------------------------------------- questions
