@@ -174,6 +174,7 @@ def build_empty(model_config: Any, *, attention: str = "sdpa", task: str = "caus
         attention = "eager"
     with init_empty_weights(include_buffers=False):
         model: nn.Module = auto.from_config(model_config, dtype=torch.float32, attn_implementation=attention)
+    tie_weights(model)
     return model.train()
 
 
@@ -181,6 +182,7 @@ def empty_of(model_class: Any, model_config: Any) -> nn.Module:
     """As `build_empty`, of a class of transformers, with the attention that it takes by itself."""
     with init_empty_weights(include_buffers=False):
         model: nn.Module = model_class._from_config(model_config, dtype=torch.float32)
+    tie_weights(model)
     return model
 
 
