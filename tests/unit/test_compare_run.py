@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
+from loqt_ds.evaluation import evaluate
 
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],
@@ -108,6 +111,43 @@ def test_all_methods_see_the_same_rows(compare_run: Any, content: dict[str, Any]
     for one, other in zip(rows("adamw", 1), rows("loqt:8", 1), strict=True):
         assert torch.equal(one, other)
     assert not torch.equal(rows("adamw", 1)[0], rows("adamw", 2)[0])
+
+
+def test_a_run_goes_on_from_another(compare_run: Any, content: dict[str, Any], tmp_path: Path) -> None:
+    """Its base is what transformers loads; it is evaluated as it starts, when it is initialized, and on other text."""
+    steps = {"steps": 2, "eval_every": 2}
+    result = compare_run.run(compare_run.Spec("adamw", **content | steps, keep_model=True), tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base" / "model")
+    spec = compare_run.Spec(
+        "loqt:8+loqt.schedule=never",
+        **content | steps | {"seed": 1},
+        start=str(tmp_path / "base" / "model"),
+        also=content["data"],
+    )
+    comparand = compare_run.Comparand(spec, tmp_path)
+    assert evaluate(model, comparand.bundle.validation.batches(3), torch.device("cpu")).loss == pytest.approx(
+        result["final"]["loss"], rel=1e-5
+    )
+    later = compare_run.run(spec, tmp_path / "later")
+    assert later["status"] == "done", later
+    tokens, losses = zip(*later["curve"], strict=True)
+    assert tokens == (0, 99, 198) and losses == tuple(loss for _, loss in later["also_curve"])
+    assert losses[0] == pytest.approx(result["curve"][-1][1], abs=0.02), "W in NF4 is all that differs"
+    assert later["also_final"]["loss"] == later["final"]["loss"] and later["num_refreshes"] == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "told"),
+    [
+        ("loqt:8", {"keep_model": True}, "no full weights"),
+        ("adamw", {"start": "nowhere"}, "nowhere is not a directory"),
+    ],
+)
+def test_what_cannot_go_on_is_told(
+    compare_run: Any, content: dict[str, Any], tmp_path: Path, method: str, changes: dict[str, Any], told: str
+) -> None:
+    result = compare_run.run(compare_run.Spec(method, **content | changes), tmp_path)
+    assert result["status"] == "failed" and told in result["error"]
 
 
 @pytest.mark.parametrize(
