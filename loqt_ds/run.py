@@ -367,7 +367,7 @@ def check_model(config: Config) -> None:
         compiled.install(model)  # refuses models without blocks
     if config.model.path is not None:
         _source_of(config)(build_empty(model_config, **options))
-    check_export(config, model_config)
+    check_export(config, model, model_config)
 
 
 def _source_of(config: Config) -> Callable[[nn.Module], WeightSource]:

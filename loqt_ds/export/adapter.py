@@ -19,19 +19,21 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from loqt_ds.checkpoint import write_json, write_safetensors
 from loqt_ds.export.base import BASE_FILE, Contents, task_type
 from loqt_ds.export.pack import WeightFormat
 from loqt_ds.export.report import AdapterReport, ExportError, LayerReport
-from loqt_ds.export.verify import Expected, relative_difference, table_lookup
+from loqt_ds.export.verify import Expected, logits_of, relative_difference, table_lookup
+from loqt_ds.method.experts import is_expert
 from loqt_ds.method.linear import LoQTLinear
 
 BASE, ADAPTER = "base", "adapter"
@@ -79,6 +81,16 @@ def base_format(layers: Mapping[str, LoQTLinear]) -> tuple[WeightFormat, list[st
     why = what.get(kinds, f"are {kinds}, which transformers does not read in one model")
     form = WeightFormat(None, dtype=dtype)
     return form, [f"the base's weights {why}: it is written dense, in {form.label}, with the values they stand for"]
+
+
+def check_layers(names: Iterable[str]) -> None:
+    """Raises ExportError for adapted matrices that PEFT has no module for."""
+    of_experts = next((name for name in names if is_expert(name)), None)
+    if of_experts is not None:
+        raise ExportError(
+            f"export.format=adapter: {of_experts} is part of a parameter of all experts, in which PEFT finds no layer; "
+            "use format=bf16, or train with a loqt.target_modules that leaves the experts out"
+        )
 
 
 def base_of(expected: Expected) -> Expected:
@@ -133,7 +145,8 @@ def write_adapter(
     tensors |= {name: tensor.detach().cpu() for name, tensor in contents.tensors.items()}
     prefixed = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
     file = write_safetensors(directory / WEIGHTS_FILE, prefixed, metadata={"format": "pt"})
-    config = _peft_config(model, shapes, contents, base)
+    is_transposed = any(layer.is_stored_transposed for layer in layers.values())
+    config = _peft_config(model, shapes, contents, base, is_transposed=is_transposed)
     write_json(directory / CONFIG_FILE, config)
     write_json(directory / BASE_FILE, {"base": str(base), "files": {n: dict(e) for n, e in base_files.items()}})
     return AdapterReport(
@@ -146,7 +159,7 @@ def write_adapter(
 
 
 def _peft_config(
-    model: nn.Module, shapes: Mapping[str, tuple[int, float]], contents: Contents, base: Path
+    model: nn.Module, shapes: Mapping[str, tuple[int, float]], contents: Contents, base: Path, *, is_transposed: bool
 ) -> dict[str, Any]:
     """`adapter_config.json`; what it leaves out has PEFT's defaults."""
     common_rank, common_scale = Counter(shapes.values()).most_common(1)[0][0]
@@ -164,7 +177,7 @@ def _peft_config(
         "bias": "none",
         "lora_bias": bool(contents.biases),
         "use_rslora": False,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": is_transposed,  # of a Conv1D; PEFT sees for itself which layers are others
         "target_modules": _target_modules(model, list(shapes)),
         "modules_to_save": list(contents.modules) or None,
     }
@@ -192,10 +205,14 @@ def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:
 def load_adapter(base: nn.Module, adapter_dir: Path) -> nn.Module:
     """PEFT's model of a loaded base, in eval mode.
 
+    A classifier's head is made one of as many classes as the adapter's. (Loaded with other `num_labels`, transformers
+    would draw all weights anew, and cannot draw 4-bit ones.)
+
     Raises ExportError where PEFT is not installed or cannot load it.
     """
     peft = import_peft()
     try:
+        _fit_head(base, adapter_dir)
         with warnings.catch_warnings():
             # PEFT asks transformers 5 for activation checkpointing by a name that is being replaced.
             warnings.filterwarnings("ignore", category=FutureWarning, message=r".*is_gradient_checkpointing")
@@ -203,6 +220,19 @@ def load_adapter(base: nn.Module, adapter_dir: Path) -> nn.Module:
     except Exception as error:  # whatever PEFT raises, the adapter does not load
         raise ExportError(f"PEFT cannot load the adapter {adapter_dir}: {type(error).__name__}: {error}") from error
     return model.eval()
+
+
+def _fit_head(model: Any, adapter_dir: Path) -> None:
+    """Gives modules that the adapter holds whole the shape that they have there."""
+    with safe_open(adapter_dir / WEIGHTS_FILE, framework="pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a dictionary
+    for name, parameter in list(model.named_parameters()):
+        shape = shapes.get(f"base_model.model.{name}", parameter.shape)
+        if tuple(shape) != tuple(parameter.shape):
+            module, _, child = name.rpartition(".")
+            head = model.get_submodule(module)
+            setattr(head, child, nn.Parameter(parameter.new_zeros(*shape), requires_grad=parameter.requires_grad))
+            head.out_features = model.num_labels = model.config.num_labels = shape[0]
 
 
 def import_peft() -> Any:
@@ -241,10 +271,10 @@ def verify_adapter(
     of_layers = _compare_layers(reloaded, layers, factors, dtype)
     was_training = model.training
     try:
-        wanted = model.eval()(**inputs).logits.float()
+        wanted = logits_of(model.eval(), inputs)
     finally:
         model.train(was_training)
-    actual = reloaded(**inputs).logits.float()
+    actual = logits_of(reloaded, inputs)
     if not torch.isfinite(actual).all():
         raise ExportError("base and adapter compute logits that are not finite")
     of_logits = relative_difference(actual, wanted)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from loqt_ds.export import writer
-from loqt_ds.export.pack import WeightFormat, pack_layer
+from loqt_ds.export.pack import pack_layer
 from loqt_ds.export.report import ExportError
 from loqt_ds.export.verify import Expected, StoredTensors
 from loqt_ds.method.conversion import output_head
@@ -54,6 +54,12 @@ def task_type(model: nn.Module) -> str | None:
         if type(model).__name__ in names.values():
             return task
     return None
+
+
+def loader_of(model: nn.Module) -> str:
+    """The class of transformers by which the model's directory is best loaded."""
+    autos = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}
+    return autos.get(str(task_type(model)), type(model).__name__)
 
 
 def stored_weights(directory: Path) -> writer.WrittenWeights:
@@ -99,22 +105,23 @@ def _compare_base(base_dir: Path, expected: Expected, model: nn.Module) -> Conte
     weights = stored_weights(base_dir)
     stored = StoredTensors(base_dir, weights.weight_map)
     for name, layer in expected.layers.items():
-        problem = _other_weight(stored, name, layer, expected.weight_format)
+        problem = _other_weight(stored, name, layer, expected)
         if problem:
             raise ExportError(
                 f"--base={base_dir} is not the base of this run: {name} {problem}. Leave --base out to write a base of "
                 "its own; tasks share one where they are trained from the same model.path with loqt.schedule=never, "
                 "loqt.compensation_steps=1, and the same loqt.quantize_w, loqt.double_quant and train.dtype"
             )
-    adapted = {f"{name}.weight" for name in expected.layers}
-    known = expected.dense.keys() | adapted
-    unknown = [name for name in stored.names if name not in known and not name.startswith(tuple(adapted))]
+    called = {expected.layout.dense_name(name): name for name in expected.dense}
+    adapted = tuple(f"{name}.weight" for name in expected.layers)
+    unknown = [name for name in stored.names if name not in called and not name.startswith(adapted)]
     if unknown:
         raise ExportError(f"--base={base_dir} is a base of another model: it has {unknown[0]}, which this one lacks")
     dtype = expected.weight_format.dtype
     others = {}
-    for name, tensor in expected.dense.items():
-        theirs = stored.get(name) if name in weights.weight_map else None
+    for file_name, name in called.items():
+        tensor = expected.dense[name]
+        theirs = stored.get(file_name) if file_name in weights.weight_map else None
         own = tensor.detach().cpu().to(dtype if tensor.is_floating_point() else tensor.dtype)
         if theirs is None or not torch.equal(own, theirs):
             others[name] = own
@@ -167,12 +174,14 @@ def _heads(model: nn.Module, expected: Expected) -> set[str]:
     return own - {prefix} - {name.partition(".")[0] for name in expected.layers}
 
 
-def _other_weight(stored: StoredTensors, name: str, layer: LoQTLinear, weight_format: WeightFormat) -> str | None:
+def _other_weight(stored: StoredTensors, name: str, layer: LoQTLinear, expected: Expected) -> str | None:
     """How a matrix of the base differs from W_q of the layer; None where it does not."""
+    weight_format = expected.format_of(name)
     own, _ = pack_layer(name, layer, torch.zeros(layer.factor_length, layer.rank), weight_format)
     theirs = stored.of_weight(name)
     if not theirs:
         return "is not in it"
+    theirs = expected.layout.of_weight(name, layer, theirs, stored.get)
     if own.keys() != theirs.keys():
         return f"is stored in another format than {weight_format.label}"
     for key, tensor in own.items():

@@ -77,6 +77,8 @@ class ExportReport:
     """What a user should know: re-quantization, copied codes, patched layers."""
     versions: dict[str, str]
     source: str
+    loader: str = "AutoModelForCausalLM"
+    """The class of transformers that loads it."""
     verification: Verification | None = None
     adapter: AdapterReport | None = None
 
@@ -150,8 +152,8 @@ def how_to_load(report: ExportReport) -> str:
         adapter = str(report.output_dir / "adapter")
         return (
             f"load it with PeftModel.from_pretrained(model, {adapter!r}), where model = "
-            f"AutoModelForCausalLM.from_pretrained({report.adapter.base!r})"
+            f"{report.loader}.from_pretrained({report.adapter.base!r})"
         )
     if report.format == "gguf":
         return f"load it with llama.cpp (-m {str(report.output_dir / 'model.gguf')!r}), which an export does not run"
-    return f"load it with AutoModelForCausalLM.from_pretrained({str(report.output_dir)!r})"
+    return f"load it with {report.loader}.from_pretrained({str(report.output_dir)!r})"

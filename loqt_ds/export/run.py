@@ -22,7 +22,7 @@ from loqt_ds.checkpoint import (
 )
 from loqt_ds.config import Config, from_dict
 from loqt_ds.export import adapter, gguf, writer
-from loqt_ds.export.base import Contents, contents_of, stored_weights
+from loqt_ds.export.base import Contents, contents_of, loader_of, stored_weights
 from loqt_ds.export.layout import Layout
 from loqt_ds.export.pack import WeightFormat, pack_layer, packed_num_bytes
 from loqt_ds.export.report import GIB, ExportError, ExportReport, LayerReport
@@ -92,6 +92,7 @@ def export_model(
     factors = expected.factors
     contents = Contents()
     if format == "adapter":
+        adapter.check_layers(expected.layers)
         expected = adapter.base_of(expected)
         contents = contents_of(model, expected, base_dir)
     report = ExportReport(
@@ -103,6 +104,7 @@ def export_model(
         notes=notes,
         versions=_versions(format),
         source=source,
+        loader=loader_of(model),
     )
     tokenizer_dir = None if tokenizer_dir is None else Path(tokenizer_dir)
     try:
@@ -268,12 +270,14 @@ def export_checkpoint(
     )
 
 
-def check_export(config: Config, model_config: Any) -> None:
+def check_export(config: Config, model: nn.Module, model_config: Any) -> None:
     """Raises ExportError where the export at the end of a run would be refused: it is asked for before it starts."""
     form = config.export.format
     if form == "none":
         return
     check_options(form, False, DEFAULT_MAX_SHARD_SIZE_GIB)
+    if form == "adapter":
+        adapter.check_layers(loqt_layers(model))
     if form == "gguf":
         gguf.check_model(model_config)
         if config.model.task != "causal_lm":

@@ -10,23 +10,25 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from test_export import SHAPES, checkpoint_of, export, llama, logits, lookup, relative, silent, stored_tensors, trained
 from transformers import AutoModelForCausalLM
 
+from loqt_ds.config import LoQTConfig
 from loqt_ds.core.quantization import quantize
 from loqt_ds.export import ExportError, adapter, export_checkpoint, load_export
 from loqt_ds.export import run as run_module
 from loqt_ds.export.__main__ import main
 from loqt_ds.export.base import check_base
-from loqt_ds.method.conversion import loqt_layers
+from loqt_ds.method.conversion import convert, loqt_layers
 
 peft = pytest.importorskip("peft", reason="the adapter extra is not installed")
 
 
-def by_peft(base: Path, adapter_dir: Path) -> Any:
+def by_peft(base: Path, adapter_dir: Path, kind: Any = AutoModelForCausalLM) -> Any:
     """As somebody loads it who knows nothing of loqt_ds."""
-    model = AutoModelForCausalLM.from_pretrained(base, device_map={"": "cpu"})
+    model = kind.from_pretrained(base, device_map={"": "cpu"})
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False
@@ -96,8 +98,10 @@ def test_float64_says_what_a_and_b_are(tmp_path: Path) -> None:
         assert relative(weight, layer.weight_q().double() + 0.7 * product) < 1e-6
 
 
-@pytest.mark.parametrize("shape", ["biases", "tied"])
-@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "everything"),
+    [("biases", True), ("tied", False), pytest.param("tied", True, marks=pytest.mark.slow)],
+)
 def test_tasks_share_a_base(tmp_path: Path, shape: str, everything: bool) -> None:
     """What the second task has trained beside P and B travels in its adapter; the base is not touched."""
     config = llama(**SHAPES[shape])
@@ -221,3 +225,83 @@ def test_the_command_writes_a_base_once(tmp_path: Path, capsys: pytest.CaptureFi
     assert str(base) in capsys.readouterr().out and not (tmp_path / "two" / "base").exists()
     report = json.loads((tmp_path / "two" / "export_report.json").read_text())
     assert report["adapter"]["base"] == str(base) and report["adapter"]["logits_relative_difference"] < 1e-2
+
+
+# ---------------------------------------------------------------------------------------------------- other models
+
+
+def converted(model: Any, **loqt: Any) -> Any:
+    """A model of any kind with LoQT layers whose P and B are random."""
+    torch.manual_seed(3)
+    model = model.eval()
+    convert(model, LoQTConfig(**({"rank": 4, "alpha": 0.5} | loqt)))
+    train_on(model)
+    return model
+
+
+def outputs(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(**inputs).logits.float()
+
+
+def gpt2() -> Any:
+    shape = {"n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 96, "n_positions": 32}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, bos_token_id=1, eos_token_id=2))
+
+
+def bert(num_labels: int) -> Any:
+    shape = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
+    config = transformers.BertConfig(**shape, vocab_size=96, max_position_embeddings=32, num_labels=num_labels)
+    return transformers.BertForSequenceClassification(config)
+
+
+@pytest.mark.parametrize("quantize_w", ["nf4", "none"])
+def test_transposed_layers(tmp_path: Path, quantize_w: str) -> None:
+    """GPT-2: in the files of a dense base its weights are (in, out)."""
+    model = converted(gpt2(), quantize_w=quantize_w)
+    export(model, model.config, tmp_path / "out", format="adapter")
+    reloaded = by_peft(tmp_path / "out" / "base", tmp_path / "out" / "adapter")
+    inputs = {"input_ids": torch.arange(40).view(2, 20)}
+    assert relative(outputs(reloaded, inputs), outputs(model, inputs)) < 1e-5
+    train_on(model, everything=True)
+    export(model, model.config, tmp_path / "two", format="adapter", base_dir=tmp_path / "out" / "base")
+    assert relative(outputs(load_export(tmp_path / "two"), inputs), outputs(model, inputs)) < 1e-5
+
+
+def test_classifiers_share_an_encoder(tmp_path: Path) -> None:
+    """Each adapter has the head of its task, with its own number of classes."""
+    inputs = {"input_ids": torch.arange(40).view(2, 20)}
+    layers = r"bert\.encoder\..*"
+    one = converted(bert(2), target_modules=layers)
+    report = export(one, one.config, tmp_path / "one", format="adapter")
+    assert report.adapter.modules_to_save == ["classifier"]
+    base = tmp_path / "one" / "base"
+    classifier = by_peft(base, tmp_path / "one" / "adapter", transformers.AutoModelForSequenceClassification)
+    assert relative(outputs(classifier, inputs), outputs(one, inputs)) < 1e-5
+    other = bert(3)
+    encoder = {name: value for name, value in one.state_dict().items() if name.startswith("bert.")}
+    converted(other, target_modules=layers).load_state_dict(encoder, strict=False)
+    train_on(other)
+    with torch.no_grad():
+        other.bert.pooler.dense.weight.add_(0.1)
+    report = export(other, other.config, tmp_path / "two", format="adapter", base_dir=base)
+    assert report.adapter.modules_to_save == ["bert.pooler.dense", "classifier"]
+    loaded = load_export(tmp_path / "two")
+    assert outputs(loaded, inputs).shape == (2, 3)
+    assert relative(outputs(loaded, inputs), outputs(other, inputs)) < 1e-5
+
+
+def test_experts_have_no_adapter(tmp_path: Path) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = {"num_key_value_heads": 1, "num_local_experts": 2, "vocab_size": 96, "max_position_embeddings": 32}
+    model = converted(transformers.MixtralForCausalLM(transformers.MixtralConfig(**shape, **small)))
+    with pytest.raises(ExportError, match=r"experts.* PEFT finds no layer; use format=bf16, or train with"):
+        export(model, model.config, tmp_path / "out", format="adapter")
+    without = converted(
+        transformers.MixtralForCausalLM(transformers.MixtralConfig(**shape, **small)),
+        target_modules=["q_proj", "k_proj"],
+    )
+    export(without, without.config, tmp_path / "out", format="adapter")
+    inputs = {"input_ids": torch.arange(40).view(2, 20)}
+    assert relative(outputs(load_export(tmp_path / "out"), inputs), outputs(without, inputs)) < 1e-5
+    export(without, without.config, tmp_path / "two", format="adapter", base_dir=tmp_path / "out" / "base")

@@ -36,7 +36,15 @@ def by_name(path: Path) -> dict[str, Any]:
     return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
 
 
-@pytest.mark.parametrize(("shape", "kind"), [("gqa", "bf16"), ("tied", "f16"), ("wide", "q8_0"), ("gqa", "q4_0")])
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [
+        ("tied", "bf16"),
+        ("gqa", "q4_0"),
+        pytest.param("gqa", "f16", marks=pytest.mark.slow),
+        pytest.param("wide", "q8_0", marks=pytest.mark.slow),
+    ],
+)
 def test_transformers_loads_what_was_merged(tmp_path: Path, tokenizer: Any, shape: str, kind: str) -> None:
     config = llama(vocab_size=352, **SHAPES[shape])
     model = trained(config)
