@@ -230,7 +230,7 @@ def loqt_config(name: str, setup: Setup) -> Config:
     # intervals are read by no run that is initialized once
     schedule = [] if "loqt.schedule=never" in run_options(name) else setup.schedule()
     options = [*schedule, f"loqt.rank={rank}", *LOQT_OPTIONS[method]]
-    options += [] if setup.full_rank else ["optim.train_full_rank=false"]
+    options += [] if setup.full_rank else ["optim.train_full_rank=false", "optim.lr_full_rank=null"]
     if method == "loqtcard":
         options += ["optim.master=bf16"] if setup.dtype_of_weights == torch.bfloat16 else []
         if setup.max_grad_norm is not None:  # a layer is updated before the norm of all gradients is known

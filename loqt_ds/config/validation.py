@@ -393,6 +393,8 @@ def _inactive_rules(config: Config) -> Iterator[tuple[bool, str, str, tuple[Any,
     yield loqt.subspace in ("exact", "gram"), "loqt.sketch_oversampling", f"with loqt.subspace={loqt.subspace}", (0,)
     yield optim.schedule != "cosine_rewarmup", "optim.rewarmup_steps", f"with optim.schedule={optim.schedule}", ()
     yield optim.schedule == "constant", "optim.min_lr_ratio", "with optim.schedule=constant", (1.0,)
+    b_alone = not optim.train_full_rank and config.model.task in ("causal_lm", "masked_lm")  # others have a head anew
+    yield b_alone, "optim.lr_full_rank", "with optim.train_full_rank=false", ()
     yield optim.warmup_steps is not None, "optim.warmup_ratio", f"with optim.warmup_steps={optim.warmup_steps}", ()
     yield corpus, "data.text_field", "with the standard library as corpus (no data.path, no data.name)", ()
     held_out = data.validation_path is not None or data.validation_split is not None

@@ -316,6 +316,10 @@ def test_chat_templates_that_cannot_be_used(tmp_path: Path) -> None:
         ({"data__messages_field": "chat"}, ["data.prompt_field=question", "data.messages_field=chat"]),
         ({"eval__metric": "accuracy"}, ["eval.metric=accuracy", "classification"]),
         ({"eval__max_new_tokens": 3}, ["eval.max_new_tokens=3", "eval.metric=loss"]),
+        (
+            {"optim__train_full_rank": False, "optim__lr_full_rank": 0.1},
+            ["optim.lr_full_rank=0.1", "optim.train_full_rank=false"],
+        ),
         ({"train__epochs": 2}, ["train.max_steps=1000", "train.epochs=2", "exclude"]),
         ({"train__max_steps": None}, ["train.epochs=null", "how long"]),
         ({"checkpoint__best": True, "eval__every": 0}, ["checkpoint.best=true", "eval.every=0"]),
