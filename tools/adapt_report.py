@@ -139,7 +139,7 @@ READING = {
   tokens. *When initialized* is before the first update: of LoQT after its first step, in which P and B are found, and
   nothing is trained. No answer is judged: a model of this size calculates none.
 - Embeddings, norms and head are frozen: adapters alone are trained, of LoQT B alone, so that at equal rank it trains
-  about half of the parameters. All have AdamW in 32 bits.
+  fewer parameters (at rank 12 about as many). All have AdamW in 32 bits.
 - W of LoRA is dense, of all others NF4 in blocks of 64 (QLoRA's scales quantized once more, as its paper has it). Where
   LoftQ, LQ-LoRA, ApiQ and LoQT put what rounding loses is told in `tools/rivals_adapters.py`, `tools/rivals_initial.py`
   and `loqt_ds/core/compensation.py`.

@@ -35,6 +35,7 @@ BASE = Suite(
 ONCE = "+loqt.schedule=never"
 PLAIN = "+optim.name=adamw"  # 32-bit moments for all: LoQT's 8-bit ones are no part of these comparisons
 CONTROL = "+loqt.compensation_steps=0"
+AS_MANY = f"loqt:12{PLAIN}{ONCE}"  # B alone: about as many parameters as A and B of the other methods' rank 8
 
 # Peak learning rates: (of the matrices or what takes their place, of embeddings, norms and head).
 ICELANDIC_RATES: Rates = {
@@ -83,6 +84,7 @@ SUITES = {
                 "lqlora:{rank}",
                 "apiq:{rank}",
                 f"loqt:{{rank}}{PLAIN}{ONCE}{CONTROL}",
+                AS_MANY,
             ),
             COMMON
             | {"steps": 120, "interval": 40, "eval_every": 60, "final_tokens": 24576, "full_rank": False}
@@ -95,7 +97,7 @@ SUITES = {
         ),
     )
 }
-# What a row of a report is called, by what a contender's name says of it.
+# What a row of a report is called: by a contender's name, its method with its options, or its method alone.
 LABELS = {
     "icelandic": {
         "adamw": "full",
@@ -114,6 +116,7 @@ LABELS = {
         "apiq": "ApiQ",
         f"loqt{PLAIN}{ONCE}": "LoQT, no merge",
         f"loqt{PLAIN}{ONCE}{CONTROL}": "LoQT, no merge, no compensation",
+        AS_MANY: "LoQT, no merge, rank 12",
     },
 }
 
@@ -123,7 +126,8 @@ def label(suite: str, contender: str) -> str:
     method, _, options = contender.partition("+")
     family = method.partition(":")[0]
     names = LABELS[suite]
-    return names.get(f"{family}+{options}", names.get(family, contender)) if options else names.get(family, contender)
+    found = (names[name] for name in (contender, f"{family}+{options}", family) if name in names)
+    return next(found, contender)
 
 
 def gsm8k(paths: str) -> DataSet:
