@@ -149,6 +149,7 @@ def write(results: Sequence[Result], searched: Sequence[Result], base: Path, out
         plotted = ["", f"No plot: {error}."]
     first = results[0]["spec"]
     seeds = sorted({r["spec"]["seed"] for r in results})
+    count_noun = "seeds" if len(seeds) > 1 else "seed"
     rates = {r["spec"]["method"]: r["spec"]["lr"] for r in results}
     steps = {r["spec"]["task"]: r["spec"]["steps"] for r in results}
     lines = [
@@ -158,7 +159,7 @@ def write(results: Sequence[Result], searched: Sequence[Result], base: Path, out
         "what is usually fine-tuned: the table compares methods with each other, not with published numbers.",
         "",
         "GLUE's score of each task (the mean of its metrics) x 100 on its held-out set after the last step, mean ± "
-        f"standard deviation over {len(seeds)} seeds. Rank {first['rank']}; LoQT in NF4, alpha 2, merging every "
+        f"standard deviation over {len(seeds)} {count_noun}. Rank {first['rank']}; LoQT in NF4, alpha 2, merging every "
         f"{first['interval']} steps or never. Rows of {first['rows']} examples, at most {first['length']} tokens each; "
         "steps: "
         + ", ".join(f"{FOLDERS[task]} {count}" for task, count in steps.items())
