@@ -136,7 +136,7 @@ def draw_finals(ax: Any, found: list[Line], every: Sequence[Line]) -> None:
     places = list(range(len(found)))
     for place, line in zip(places, found, strict=True):
         values = list(line.values(perplexity).values())
-        color = "tab:green" if line.label.startswith("loqt") else "tab:blue" if line.label == BASE else "0.4"
+        color = "tab:green" if line.contender.startswith("loqt") else "tab:blue" if line.contender == BASE else "0.4"
         ax.plot(values, [place] * len(values), "o", color=color, markersize=5, alpha=0.7)
         if values:
             ax.plot(final_mean(line), place, "|", color=color, markersize=18, markeredgewidth=2)
@@ -146,13 +146,14 @@ def draw_finals(ax: Any, found: list[Line], every: Sequence[Line]) -> None:
             ax.plot(1.0, place, "X", color="tab:red", markersize=9, transform=ax.get_yaxis_transform(), clip_on=False)
             where = {"ha": "left", "va": "center", "transform": ax.get_yaxis_transform()}
             ax.text(1.02, place, told, color="tab:red", fontsize=8, **where)
-    base = next((line for line in found if line.label == BASE and line.done), None)
+    base = next((line for line in found if line.contender == BASE and line.done), None)
     if base is not None:
         ax.axvline(final_mean(base), color="tab:blue", linewidth=0.8, linestyle=":")
     ax.set_yticks(places, [line.label for line in found], fontsize=8)
     ax.set_ylim(len(found) - 0.5, -0.5)
     ax.grid(axis="x", alpha=0.3)
-    ax.set_xlabel("final perplexity (dots: seeds; bar: mean; dotted: AdamW)")
+    dotted = "" if base is None else f"; dotted: {'AdamW' if base.label == BASE else base.label}"
+    ax.set_xlabel(f"final perplexity (dots: seeds; bar: mean{dotted})")
 
 
 def draw_memory(ax: Any, found: list[Line], every: Sequence[Line]) -> None:
