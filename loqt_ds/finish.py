@@ -108,7 +108,8 @@ def _export(run: Run, trained: Evaluation, finished: Finished, say: Say) -> nn.M
         say(f"{run.directory} holds an export of this step already: nothing was trained since, nothing is written")
         return run.engine.network
     planned = plan(config, vocab_size=int(run.model_config.vocab_size)).entries
-    needed = planned["export_model"] + 2 * planned["export_workspace"]  # as much again for the evaluation
+    # As much again for the evaluation, and what answers need.
+    needed = planned["export_model"] + 2 * planned["export_workspace"] + planned["answers"]
     limit_gib = config.train.memory_limit_gib
     make_room(run.engine.network, run.engine.device, needed, limit_gib=limit_gib, say=say)
     report = export_model(

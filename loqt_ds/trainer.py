@@ -409,7 +409,7 @@ def ticker(say: Callable[[str], None]) -> Callable[[int, int], None]:
 
     def tick(done: int, total: int) -> None:
         nonlocal said
-        if time.monotonic() - said > TICK_SECONDS:
+        if done < total and time.monotonic() - said > TICK_SECONDS:
             said = time.monotonic()
             say(f"evaluating: {done} of {total} prompts are answered")
 

@@ -472,5 +472,5 @@ def _phases(config: Config, zero: Zero | None) -> dict[str, tuple[str, ...]]:
     if config.export.format != "none":
         # A card without room for two models exports from the host (loqt_ds.finish); masters wait there anyway.
         trained = (*_MODEL, "masters") if config.train.device == "cpu" else ()
-        phases["export"] = (*trained, "context", "export_model", "export_workspace")
+        phases["export"] = (*trained, "context", "export_model", "export_workspace", "answers")
     return phases

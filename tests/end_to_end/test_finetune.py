@@ -229,10 +229,8 @@ def test_under_deepspeed_with_exact_match(workshop: Workshop, examples: dict[str
 
 @pytest.mark.slow
 def test_two_ranks_choose_the_same_best_as_one(workshop: Workshop, examples: dict[str, Any], tmp_path: Path) -> None:
-    """The rows of a step, the answers and the best checkpoint are those of one process; then two go on from it all."""
-    options = examples | {"eval__metric": "exact_match", "eval__max_new_tokens": 6, "eval__patience": 4}
-    options |= {"data__validation_path": tmp_path / "test.jsonl", "export__format": "adapter"}
-    (tmp_path / "test.jsonl").write_text(sums(6, 2))
+    """The rows of a step, the best checkpoint and the end are those of one process; then two go on from it all."""
+    options = examples | {"eval__patience": 2, "export__format": "adapter"}
     alone, together = tmp_path / "alone", tmp_path / "together"
     finetune(workshop, alone, options).ok()
 
