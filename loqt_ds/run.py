@@ -398,7 +398,8 @@ def configure_model(config: Config, tokenizer: Tokenizer) -> Any:
             f"data.tokenizer={config.data.tokenizer} has {tokenizer.vocab_size} ids, the model's vocabulary has {rows} "
             f"(model.vocab_size={wanted}): they do not fit; {remedy}"
         )
-    if config.model.path is not None and tokenizer.vocab_size < 0.9 * rows:
+    # A vocabulary that was rounded up to a multiple of 64 is the tokenizer's.
+    if config.model.path is not None and tokenizer.vocab_size < min(0.9 * rows, rows - 63):
         raise ConfigError(
             f"data.tokenizer={config.data.tokenizer} has {tokenizer.vocab_size} ids, model.path={config.model.path} "
             f"was trained with {rows}: they do not fit; use the model's own tokenizer"
