@@ -19,7 +19,8 @@ languages. Then
 runner is this one's, too): what is over is not repeated, and the same command goes on where it was stopped; --seeds,
 --steps and --search change what is run, --report only writes REPORT.md, results.json and plots to --output. The model
 itself, a checkpoint of transformers, is linked as --work/base: `python -m loqt_ds.train --config continue_small
-model.path=runs/adapt/base` goes on from it in the product's own run.
+model.path=runs/adapt/base` goes on from it in the product's own run. The others' methods are packages:
+pip install -e '.[compare]'.
 """  # noqa: E501
 
 from __future__ import annotations

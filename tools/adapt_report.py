@@ -180,6 +180,7 @@ def draw_forgetting(_: str, every: Sequence[Line], file: Path) -> bool:
     """Both languages' perplexities, from evaluation to evaluation; whether there was something to draw."""
     from compare_plots import plain_ticks, style
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator
 
     shown = [line for line in every if line.part == "method" and any("also_curve" in run for run in line.done.values())]
     if not shown:
@@ -193,10 +194,12 @@ def draw_forgetting(_: str, every: Sequence[Line], file: Path) -> bool:
             if one is not None and other is not None
         ]
         ax.plot(*zip(*points, strict=True), marker="o", markersize=3, label=line.label, **style(line.label, shown))
-    ax.set(xlabel="held-out perplexity, what is trained on", ylabel="held-out perplexity, pretrained on")
+    ax.set(xlabel="held-out perplexity, Icelandic", ylabel="held-out perplexity, English")
+    ax.set_title("From the base, at the right, to the end of training", fontsize=10)
     ax.set(xscale="log", yscale="log")
     for axis in (ax.xaxis, ax.yaxis):
         plain_ticks(axis)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))  # it spans several powers of ten
     ax.grid(alpha=0.3, which="both")
     ax.legend(fontsize=7)
     figure.savefig(file, dpi=120)
@@ -214,7 +217,11 @@ def introduction(plan: Plan, results: Mapping[str, Result], of_model: Result, co
     shape, rank = suite.scales[0]
     said = shlex.join(["python", "tools/adapt.py", *(part for part in command if part != "--report")])
     runs = plan.runs(rows)
-    merges = f"LoQT merges, and GaLore projects anew, every {spec.interval} steps. " if spec.full_rank else ""
+    merges = ""
+    if spec.full_rank:
+        growth = next((row.spec.growth for row in rows if row.spec is not None and "loqt" in row.contender), None)
+        gap = f"{spec.interval} steps" if growth is None else f"{spec.interval} + int({growth:g}^k) steps"
+        merges = f"GaLore projects anew every {spec.interval} steps, LoQT, where it merges, after {gap}. "
     told = [
         f"# {TITLES[suite.name]}",
         "",
