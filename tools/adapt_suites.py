@@ -87,7 +87,8 @@ SUITES = {
                 AS_MANY,
             ),
             COMMON
-            | {"steps": 120, "interval": 40, "eval_every": 60, "final_tokens": 24576, "full_rank": False}
+            | {"steps": 120, "interval": 40, "eval_every": 60, "full_rank": False}
+            | {"eval_tokens": 12288, "final_tokens": 12288}
             | {"rows": 4, "length": 512},  # at 256 almost half of the examples would be too long
             seeds=3,
             search=(1.0, 0.5, 2.0),
