@@ -295,6 +295,7 @@ def resolve_paths(config: Config) -> Config:
     data.chat_template = _absolute(data.chat_template, only_existing=False)
     data.cache_dir = _absolute(data.cache_dir, only_existing=False)
     config.output_dir = _absolute(config.output_dir, only_existing=False)
+    config.export.base = _absolute(config.export.base, only_existing=False)
     if config.checkpoint.resume not in ("none", "auto"):
         config.checkpoint.resume = _absolute(config.checkpoint.resume, only_existing=False)
     return config

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from test_export import SHAPES, checkpoint_of, export, llama, logits, lookup, relative, silent, stored_tensors, trained
 from transformers import AutoModelForCausalLM
 
-from loqt_ds.config import LoQTConfig
+from loqt_ds.config import ConfigError, LoQTConfig, load_config
 from loqt_ds.core.quantization import quantize
-from loqt_ds.export import ExportError, adapter, export_checkpoint, load_export
+from loqt_ds.export import ExportError, adapter, check_export, export_checkpoint, load_export
 from loqt_ds.export import run as run_module
 from loqt_ds.export.__main__ import main
 from loqt_ds.export.base import check_base
@@ -305,3 +305,24 @@ def test_experts_have_no_adapter(tmp_path: Path) -> None:
     inputs = {"input_ids": torch.arange(40).view(2, 20)}
     assert relative(outputs(load_export(tmp_path / "out"), inputs), outputs(without, inputs)) < 1e-5
     export(without, without.config, tmp_path / "two", format="adapter", base_dir=tmp_path / "out" / "base")
+
+
+def test_what_the_end_would_refuse_is_refused_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    for overrides, problem in (
+        ([f"export.base={tmp_path}"], "export.base=.* has no effect with export.format=nf4"),
+        (["export.format=adapter", f"export.base={tmp_path}"], "is no model directory; give the directory base"),
+        (["export.format=adapter", f"export.base={tmp_path}/base"], r"set loqt\.schedule=never and"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            load_config("default", overrides)
+    monkeypatch.chdir(tmp_path)
+    shared = [
+        *("export.format=adapter", "export.base=base", "loqt.schedule=never", "loqt.compensation_steps=1"),
+        *("loqt.interval=100", "loqt.growth=1.2", "loqt.max_gap=null"),
+    ]
+    assert load_config("default", shared).export.base == str(tmp_path / "base")
+    gguf = load_config("default", ["export.format=gguf"])
+    with pytest.raises(ExportError, match="is written for llama, mistral, qwen2, and this is gpt2"):
+        check_export(gguf, gpt2(), gpt2().config)
