@@ -485,14 +485,12 @@ class LoQTEngine(DeepSpeedEngine):
         )
 
     def _model_config(self) -> Any:
-        """The transformers configuration of a causal language model, None for other models."""
-        from transformers import AutoModelForCausalLM, PreTrainedModel
+        """The transformers configuration of a model that is of one of transformers' own classes, by which an export is
+        loaded again; None for other models."""
+        import transformers
 
-        if not isinstance(self.module, PreTrainedModel):
-            return None
-        # Others (classifiers, say) are not what an export is reloaded as.
-        known = AutoModelForCausalLM._model_mapping.get(type(self.module.config), ())
-        return self.module.config if type(self.module) in (known if isinstance(known, tuple) else (known,)) else None
+        known = getattr(transformers, type(self.module).__name__, None)
+        return self.module.config if known is type(self.module) else None
 
 
 def _check_json(client_state: dict[str, Any] | None) -> None:

@@ -379,8 +379,11 @@ def _export_bytes(config: Config, facts: Facts) -> int:
     dtype = training_dtype(config) if form == "adapter" else torch.bfloat16
     dense_kinds = {"int4": "none"} if form == "adapter" else {"int4": "nf4", "none": "nf4"}
     kind = "none" if form == "bf16" else dense_kinds.get(config.loqt.quantize_w, config.loqt.quantize_w)
+    dense = QuantSpec("none", dense_dtype=dtype)
     spec = QuantSpec(kind, dense_dtype=dtype)
-    adapted = sum(sum(packed_layout(layer.weight_shape, spec).values()) for layer in facts.layers)
+    # Experts are written dense.
+    specs = [dense if layer.is_conditional else spec for layer in facts.layers]
+    adapted = sum(sum(packed_layout(la.weight_shape, s).values()) for la, s in zip(facts.layers, specs, strict=True))
     factors = sum(prod(layer.basis_shape) + layer.factor_length * layer.rank for layer in facts.layers)
     return adapted + dtype.itemsize * others + (4 * factors if form == "adapter" else 0)
 

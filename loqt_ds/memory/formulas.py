@@ -8,9 +8,13 @@ Per token and transformer layer, with e bytes per activation (2 in bf16, 4 in fp
                                                          fp32, where there is no copy; LayerNorm: e h)
     attention        4 e a + 4 heads                     q, k, v, output; log-sum-exp
        eager         3 e a + (4 + e) heads s             q, k, v; softmax over s = sequence in float32 and its copy (4
-                                                         heads s in fp32)
+                                                         heads s in fp32); DeBERTa: e heads s for each kind of
+                                                         relative positions besides
+       state space   16 i n                              n values of state for each channel, in float32, four times
     gated MLP        2 e i           3 e i               gate and up; its activation
-    other MLP        e i             e i                 what is activated
+    other MLP        e i             e i                 what is activated (four times where Python composes the
+                                                         activation, as GPT-2's)
+    experts          e (3 k i + 2 k h)                   of k experts a token
     LoQT linear      e r                                 x P where in <= out
        its input x   0               e in                where in > out, and on both while tapped (once for those that
                                                          share it); 0 where it is the output of attention, which is kept
@@ -66,15 +70,27 @@ class Widths:
     intermediate: int
     heads: int
     num_layers: int
+    state: int = 0  # of a state space model, instead of attention: of each of the intermediate channels
+
+
+def experts_per_token(description: Any) -> int:
+    """How many experts a token goes through; 1 where there are none."""
+    return int(getattr(description.get_text_config(), "num_experts_per_tok", None) or 1)
 
 
 def widths(description: Any) -> Widths:
     """Of a transformers config."""
     text = description.get_text_config()
-    hidden, heads = int(text.hidden_size), int(text.num_attention_heads)
-    head_size = getattr(text, "head_dim", None) or hidden // heads
+    hidden, heads = int(text.hidden_size), getattr(text, "num_attention_heads", None)
     intermediate = getattr(text, "intermediate_size", None) or 4 * hidden
-    return Widths(hidden, heads * int(head_size), int(intermediate), heads, int(text.num_hidden_layers))
+    if heads is None:
+        state = int(getattr(text, "state_size", 0))
+        return Widths(hidden, int(intermediate), int(intermediate), 1, int(text.num_hidden_layers), state)
+    head_size = getattr(text, "head_dim", None) or hidden // heads
+    per_expert = getattr(text, "moe_intermediate_size", None)
+    if per_expert is not None or experts_per_token(description) > 1:
+        intermediate = max(intermediate, experts_per_token(description) * (per_expert or intermediate))
+    return Widths(hidden, heads * int(head_size), int(intermediate), int(heads), int(text.num_hidden_layers))
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -86,6 +102,9 @@ def _is_gated(module: nn.Module) -> bool:
 
 
 _BACK = ("o_", "out", "down", "c_proj", "fc2", "wo", "w2", "dense_4h")  # how names begin of what projects back
+
+
+_COMPOSED = ("NewGELUActivation", "FastGELUActivation")  # of single operations, each of which keeps something
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -106,14 +125,20 @@ def _norm_bytes(model: nn.Module, width: Widths, e: int, *, lean: frozenset[str]
     return total
 
 
-def _linear_bytes(model: nn.Module, e: int, *, lean: frozenset[str], eager: bool) -> tuple[int, int]:
-    """Kept by all linears, the output head apart, per token: (in an ordinary step, how much more while tapped)."""
+def _linear_bytes(model: nn.Module, e: int, *, lean: frozenset[str], eager: bool, num_experts: int) -> tuple[int, int]:
+    """Kept by all linears, the output head apart, per token: (in an ordinary step, how much more while tapped). A token
+    goes through `num_experts` of the experts of a block."""
     total = tapped = 0
     head = output_head(model)
     for parent_name, parent in model.named_modules():
         # By name of the parent's child: q, k, v of one attention, or gate and up of one MLP, share their input, while
         # the projection back (o, down) has one of its own.
         children = dict(parent.named_children())
+        if isinstance(first := children.get("0"), LoQTLinear) and first.is_conditional:
+            kept_input = e * first.in_features
+            total += num_experts * (e * first.rank if first.side == "right" else kept_input)
+            tapped += num_experts * kept_input if first.side == "right" else 0
+            continue
         is_lean = parent_name in lean or any(f"{parent_name}.{name}" in lean for name in children)
         kept: set[tuple[int, bool]] = set()
         while_tapped: set[tuple[int, bool]] = set()
@@ -144,14 +169,29 @@ def activation_bytes(
     layers keep their inputs for the gradient of W), and what of one block is computed again at a time (under activation
     checkpointing). `lean`: names of the norms, gated MLPs and activations that `method.lean` changes."""
     width, e = widths(description), dtype.itemsize
-    sequence, eager = config.data.sequence_length, config.model.attention == "eager"
-    if eager:
+    sequence = config.data.sequence_length
+    # What the model takes: one without sdpa is eager, whatever was asked for.
+    taken = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    eager = (taken or config.model.attention) == "eager"
+    if width.state:  # float32: the discretized matrices, their products with the input, and each token's state
+        attended = 16 * width.intermediate * width.state
+    elif eager:
         attended = 3 * e * width.attention + (4 if e == 4 else 4 + e) * width.heads * sequence
+        # DeBERTa adds scores of positions to those of contents.
+        relative = (
+            getattr(description, "pos_att_type", None) if getattr(description, "relative_attention", False) else ()
+        )
+        attended += e * width.heads * sequence * len(relative or ())
     else:
         attended = 4 * e * width.attention + 4 * width.heads
     gated = {name for name, module in model.named_modules() if _is_gated(module)}
     activated = e * width.intermediate * (1 if not gated else 2 if gated <= lean else 3)
-    linears, tapped = _linear_bytes(model, e, lean=lean, eager=eager)
+    experts = experts_per_token(description)
+    if any(layer.is_conditional for layer in loqt_layers(model).values()):  # gate, up, and what each expert gives
+        activated = e * (3 * width.intermediate + 2 * experts * width.hidden)
+    elif any(type(module).__name__ in _COMPOSED and name not in lean for name, module in model.named_modules()):
+        activated *= 4
+    linears, tapped = _linear_bytes(model, e, lean=lean, eager=eager, num_experts=experts)
     blocks = _norm_bytes(model, width, e, lean=lean) + width.num_layers * (attended + activated) + linears
     if config.model.kernels == "liger":
         blocks += 4 * sum(is_norm(module) for module in model.modules())  # Liger keeps the root of the mean square

@@ -60,6 +60,11 @@ def install(model: nn.Module, *, backend: str = "inductor") -> int:
             "train.compile=false"
         )
     for name, block in found.items():
+        if any(isinstance(module, LoQTLinear) and module.is_conditional for module in block.modules()):
+            raise ConfigError(
+                f"train.compile=true: which experts {name} calls depends on its tokens, and it is not one graph; use "
+                "train.compile=false"
+            )
         installed = vars(block).get("forward")
         if installed is not None and not isinstance(getattr(installed, "__self__", None), _BlockForward):
             raise ConfigError(

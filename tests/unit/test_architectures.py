@@ -20,11 +20,15 @@ from helpers import VOCAB, effective_weight, make_config, relative
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from loqt_ds.config import LoQTConfig
+from loqt_ds.config import ConfigError, LoQTConfig
+from loqt_ds.config.fields import Config, DataConfig, ModelConfig, TrainConfig
 from loqt_ds.engines.base import StepReport
 from loqt_ds.engines.single import SingleEngine
 from loqt_ds.export import export_model
+from loqt_ds.memory import plan
+from loqt_ds.method import compiled, head
 from loqt_ds.method.conversion import build_model, checkpoint_files, convert, initializer, loqt_layers
+from loqt_ds.method.description import model_description
 from loqt_ds.method.linear import LoQTLinear
 
 TEXT = dict(
@@ -282,6 +286,38 @@ def test_drawn_or_read_layer_by_layer_it_is_the_same_model(name: str, tmp_path: 
             assert weight.std() == pytest.approx(float(spread[key]), rel=0.15), layer_name
 
 
+@pytest.mark.parametrize(
+    "name, task",
+    [("gpt2", "causal_lm"), ("mixtral", "causal_lm"), ("bert", "masked_lm"), ("deberta-v2", "classification")],
+)
+def test_the_planner_counts_what_autograd_keeps(name: str, task: str, tmp_path: Path):
+    shape = MODELS[name][1]()
+    shape.save_pretrained(tmp_path)
+    config = Config(
+        model=ModelConfig(shape=str(tmp_path / "config.json"), task=task),  # type: ignore[arg-type]
+        loqt=LoQTConfig(rank=4),
+        data=DataConfig(sequence_length=48),
+        train=TrainConfig(micro_batch_size=3, dtype="fp32", device="cpu", lean_activations=False),
+    )
+    model, _ = build_model(model_description(config), config.loqt, initializer(0), task=task)
+    head.install(model, task=task)
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = torch.randint(3, VOCAB, (3, 48), generator=torch.Generator().manual_seed(0))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(input_ids=tokens, targets=torch.tensor([0, 2, 1]) if task == "classification" else tokens)
+    assert loss.requires_grad
+    entries = plan(config).entries
+    assert entries["activations"] + entries["loss"] == pytest.approx(sum(kept.values()), rel=0.2)
+
+
 # ---------------------------------------------------------------- experts
 
 
@@ -335,7 +371,7 @@ def test_some_matrices_of_experts_alone(pattern: Any, tmp_path: Path):
     assert relative(loaded.model.layers[1].mlp.experts.down_proj, wanted.down_proj) < 1e-2
 
 
-def test_a_sketch_on_several_ranks_is_not_for_experts():
+def test_what_experts_cannot_do_is_refused():
     from loqt_ds.method.controller import Controller
     from loqt_ds.ranks import Ranks
 
@@ -353,3 +389,5 @@ def test_a_sketch_on_several_ranks_is_not_for_experts():
             ranks=two,
         )
     assert isinstance(loqt_layers(model)["model.layers.0.mlp.experts.down_proj.0"], LoQTLinear)
+    with pytest.raises(ConfigError, match="which experts model.layers.0 calls .* use train.compile=false"):
+        compiled.install(model)

@@ -55,6 +55,7 @@ ENCODERS: dict[str, Any] = {
     ),
     "albert": lambda **k: tf.AlbertConfig(**SMALL, embedding_size=16, **k),
 }
+OTHERS = ("distilbert", "albert", "roberta")
 LOQT = LoQTConfig(rank=4)
 
 
@@ -83,7 +84,7 @@ def compare(model: Any, inputs: dict[str, Tensor], targets: Tensor, count: int) 
             assert relative(mine, wanted) < 1e-4, name
 
 
-@pytest.mark.parametrize("kind", ["bert", "deberta", "distilbert", "albert", "roberta"])
+@pytest.mark.parametrize("kind", ["bert", "deberta", *(pytest.param(kind, marks=pytest.mark.slow) for kind in OTHERS)])
 def test_masked_tokens_have_transformers_loss(kind: str):
     model = converted(kind, "masked_lm")
     report = head.install(model, task="masked_lm")
@@ -97,7 +98,7 @@ def test_masked_tokens_have_transformers_loss(kind: str):
     )  # nothing masked, nothing lost
 
 
-@pytest.mark.parametrize("kind", ["bert", "deberta", "distilbert"])
+@pytest.mark.parametrize("kind", ["bert", "deberta", pytest.param("distilbert", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("task", ["classification", "regression"])
 def test_rows_have_transformers_loss_and_their_head_is_trained_in_full(kind: str, task: str):
     problem = "regression" if task == "regression" else "single_label_classification"
