@@ -274,6 +274,7 @@ class Trainer:
             return evaluated
         path = self._best / f"step_{selection.best_step}"
         try:
+            self._ranks.on_main(lambda: load_checkpoint(path).step)  # every byte of it, once
             checkpoint = self._ranks.attempt(lambda: load_checkpoint(path, verify=False))
             self._engine.restore(checkpoint)
         except (OSError, ValueError) as error:
