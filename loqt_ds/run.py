@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from loqt_ds.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from loqt_ds.config import Config, ConfigError, check_steps, describe_model
 from loqt_ds.data import DataBundle, Tokenizer, build_data, load_or_train_tokenizer
+from loqt_ds.data.classification import class_names
 from loqt_ds.engines.base import Engine
 from loqt_ds.engines.single import SingleEngine
 from loqt_ds.evaluation import Evaluator
@@ -404,6 +405,9 @@ def configure_model(config: Config, tokenizer: Tokenizer) -> Any:
             f"data.tokenizer={config.data.tokenizer} has {tokenizer.vocab_size} ids, model.path={config.model.path} "
             f"was trained with {rows}: they do not fit; use the model's own tokenizer"
         )
+    if config.data.format == "classification" and (names := class_names(config)):
+        model_config.id2label = dict(enumerate(names))
+        model_config.label2id = {name: number for number, name in enumerate(names)}
     if config.model.path is None:
         model_config.eos_token_id = tokenizer.eot_id
         model_config.bos_token_id = None

@@ -198,6 +198,14 @@ def glue_task(config: Any) -> GlueTask | None:
     return None if name is None else TASKS[name]
 
 
+def class_names(config: Any) -> tuple[str, ...]:
+    """Names of the classes, for the model's description; none where they are called by their numbers, or there are no
+    classes."""
+    task = glue_task(config)
+    names = task.labels if task else tuple(config.data.labels or ())
+    return () if all(name.isdecimal() for name in names) else names
+
+
 def _num_labels(config: Any) -> int:
     """As the model's description has it."""
     _, content = describe_model(config)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -201,6 +202,7 @@ def test_the_twin_of_a_recipe_for_deberta(tasks: dict[str, Path], tmp_path: Path
     assert "train.epochs=2: 15 steps of 8 of the 60 rows" in done.output
     assert len(events(run, "reinit")) == 3 and (run / "best").is_dir()
     assert (run / "export" / "model.safetensors").is_file()
+    assert AutoConfig.from_pretrained(run / "export").id2label == {0: "entailment", 1: "not_entailment"}
 
 
 def test_a_label_that_is_no_class_ends_before_weights_are_read(
