@@ -58,8 +58,15 @@ def task_type(model: nn.Module) -> str | None:
 
 def loader_of(model: nn.Module) -> str:
     """The class of transformers by which the model's directory is best loaded."""
-    autos = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}
-    return autos.get(str(task_type(model)), type(model).__name__)
+    from transformers.models.auto import modeling_auto as auto
+
+    known = {
+        "AutoModelForCausalLM": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "AutoModelForMaskedLM": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        "AutoModelForSequenceClassification": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    }
+    name = type(model).__name__
+    return next((loader for loader, names in known.items() if name in names.values()), name)
 
 
 def stored_weights(directory: Path) -> writer.WrittenWeights:
