@@ -1,4 +1,4 @@
-"""Export a training checkpoint as a merged 4-bit or bf16 model directory, an adapter, or GGUF; the same as `python -m loqt_ds.export`."""
+"""Export a training checkpoint: merged in 4 bits or bf16, an adapter, GGUF; as `python -m loqt_ds.export` does."""
 
 from __future__ import annotations
 
