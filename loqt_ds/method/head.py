@@ -252,7 +252,8 @@ def _after_head(
         return _DecoderOutput((hidden,))
 
     stubs: list[tuple[nn.Module, Callable[..., Any]]] = [(head, stub_head)]
-    stubs += [(decoder, stub_decoder) for decoder in _decoders(model)]
+    # What ModernBERT calls its decoder is its head.
+    stubs += [(decoder, stub_decoder) for decoder in _decoders(model) if decoder is not head]
     with _replaced_forwards(stubs):
         tokens = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
         return stock(input_ids=tokens, use_cache=False).logits, inputs
