@@ -11,7 +11,6 @@ limit: a corpus may take hours.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import socket
 import time
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from loqt_ds.checkpoint import Checkpoint, CheckpointError, load_checkpoint
-from loqt_ds.config import Config, ConfigError, check_steps, describe_model
+from loqt_ds.config import Config, ConfigError, describe_model
 from loqt_ds.data import DataBundle, Tokenizer, build_data, load_or_train_tokenizer
 from loqt_ds.data.classification import class_names
 from loqt_ds.engines.base import Engine
@@ -34,7 +33,6 @@ from loqt_ds.evaluation import Evaluator
 from loqt_ds.export import check_export
 from loqt_ds.export.gguf_tokenizer import read_tokenizer
 from loqt_ds.failures import Voice
-from loqt_ds.gsm8k import ExactMatch, check_references
 from loqt_ds.memory import Asker, check_fits, device_bytes, needs_lean, zero_of
 from loqt_ds.method import compiled, head, lean
 from loqt_ds.method.conversion import (
@@ -62,6 +60,7 @@ from loqt_ds.rundir import (
     is_claimed_by,
     write_options,
 )
+from loqt_ds.settling import build_evaluator, resolve_steps
 from loqt_ds.trainer import Trainer
 
 Say = Callable[[str], None]
@@ -250,62 +249,6 @@ def _claim(config: Config, chosen: Path | None, ranks: Ranks) -> tuple[Path, Loc
 
     ranks.attempt(look)
     return directory, lock
-
-
-# ---------------------------------------------------------------- steps and evaluation
-
-
-def resolve_steps(
-    config: Config, data: DataBundle, world_size: int, checkpoint: Checkpoint | None, *, say: Say
-) -> Config:
-    """The configuration with epochs as steps: train.max_steps instead of train.epochs, eval.every as a number."""
-    train = config.train
-    if train.epochs is None and config.eval.every != "epoch":
-        return config
-    num_rows = int(data.summary["num_rows"])
-    rows_of_step = train.micro_batch_size * train.gradient_accumulation_steps * world_size
-    if train.epochs is not None:
-        # Of a decimal number as it was written: .1 of 10 rows is one row, not a row and a bit.
-        num_steps = max(1, math.ceil(Fraction(str(train.epochs)) * num_rows / rows_of_step))
-        say(f"train.epochs={train.epochs:g}: {num_steps} steps of {rows_of_step} of the {num_rows} rows")
-        before = num_steps if checkpoint is None else checkpoint.metadata["config"]["train"]["max_steps"]
-        if before != num_steps:
-            say(f"{before} steps were planned and are {num_steps}: the learning rate follows the new length")
-        config = dataclasses.replace(config, train=dataclasses.replace(train, max_steps=num_steps, epochs=None))
-    if config.eval.every == "epoch":
-        every = -(-num_rows // rows_of_step)
-        say(f"eval.every=epoch: every {every} steps")
-        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=every))
-    check_steps(config)
-    return config
-
-
-def build_evaluator(
-    config: Config, tokenizer: Tokenizer, data: DataBundle, model_config: Any, device: torch.device, *, say: Say
-) -> Evaluator:
-    """How this run evaluates. Raises DataError where held-out responses cannot be what eval.metric asks for."""
-    options = config.eval
-    batch_size = options.micro_batch_size or config.train.micro_batch_size
-    answers = None
-    if options.metric == "exact_match":
-        check_references(data.questions)
-        answers = ExactMatch(
-            data.questions[: options.max_examples],
-            tokenizer,
-            device,
-            batch_size,
-            options.max_new_tokens,
-            getattr(model_config, "max_position_embeddings", None),
-        )
-        say(f"eval.metric=exact_match: {len(answers.questions)} of {len(data.questions)} held-out prompts are answered")
-        if answers.num_without_room:
-            say(
-                f"{answers.num_without_room} of them leave no room for {options.max_new_tokens} tokens "
-                f"(eval.max_new_tokens) in the model's {answers.max_length}: they count as answered wrongly"
-            )
-    return Evaluator(
-        data.validation, batch_size, device, options.max_tokens, config.model.task, scorer=data.scorer, answers=answers
-    )
 
 
 # ---------------------------------------------------------------- device and dtype

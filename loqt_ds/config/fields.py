@@ -341,7 +341,7 @@ class Config:
 
     @property
     def num_steps(self) -> int:
-        """train.max_steps; of a configuration with train.epochs only once its rows are counted (run.resolve_steps)."""
+        """train.max_steps; of a configuration with train.epochs only once its rows are counted (settling.py)."""
         if self.train.max_steps is None:
             raise ValueError(f"train.epochs={self.train.epochs} is not a number of steps before the rows are counted")
         return self.train.max_steps

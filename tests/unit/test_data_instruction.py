@@ -21,7 +21,7 @@ from loqt_ds.data import DataBundle, DataError, build_data
 from loqt_ds.data.tokenizer import TransformersTokenizer
 from loqt_ds.evaluation import evaluate
 from loqt_ds.method import head
-from loqt_ds.run import resolve_steps
+from loqt_ds.settling import resolve_steps
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>", "<|system|>"]
 CHAT = (

@@ -36,6 +36,7 @@ LEVELS = {
     "loqt_ds.selection": 3.5,
     "loqt_ds.generation": 1.0,
     "loqt_ds.gsm8k": 3.6,
+    "loqt_ds.settling": 3.7,
     "loqt_ds.trainer": 4.0,
     "loqt_ds.rundir": 4.2,
     "loqt_ds.run": 4.5,
