@@ -156,8 +156,9 @@ class Controller:
         name = next((name for name, layer in self.layers.items() if layer.is_conditional), None)
         if name is not None and self.options.subspace == "sketch" and self.ranks.world_size > 1:
             raise ValueError(
-                f"loqt.subspace=sketch with {self.ranks.world_size} ranks needs every rank to reach every layer, which "
-                f"experts ({name}) do not promise; use loqt.subspace=iterated, or auto, which takes it for experts"
+                f"loqt.subspace=sketch with {self.ranks.world_size} ranks needs every rank to have tokens for every "
+                f"layer, which experts ({name}) do not promise; use loqt.subspace=iterated, or auto, which takes that "
+                "for experts"
             )
 
     def _cost(self, layer: LoQTLinear) -> float:
@@ -191,7 +192,7 @@ class Controller:
         """exact, gram, iterated or sketch, for this layer."""
         method = subspace_method(layer, self.options.subspace)
         if method == "sketch" and layer.is_conditional and self.ranks.world_size > 1:
-            return "iterated"  # ranks reach different experts, and a sketch is agreed upon where it is taken
+            return "iterated"  # ranks have tokens for different experts; a sketch is agreed upon where it is taken
         return method
 
     def begin_step(self, step: int) -> None:

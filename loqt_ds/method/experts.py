@@ -6,8 +6,8 @@ transformers keeps the matrices of all experts of a block in one parameter, `exp
 `experts.down_proj`, and its forward picks slices of it. Each expert has a gradient, a subspace and a quantization of
 its own, so `unpack` puts `experts.gate_up_proj.3` and so on in their place, ordinary linears that are adapted as any
 other, and a forward that computes the same sum, one expert after the other over the tokens that chose it. An expert
-that no token chose in a micro-batch has no gradient in it; one that had none in a whole re-initialization step keeps
-its P.
+that no token chose in a micro-batch has a gradient of zero; one that nobody chose in a whole re-initialization step
+keeps its P.
 
 Files hold experts in one of three ways: fused as in the model, or each under a name of its own, in Mixtral's spelling
 (w1 the gate, w3 up, w2 down) or in Qwen's (gate_proj, up_proj, down_proj). All are read; written is what the library's
@@ -84,7 +84,9 @@ class _ExpertsForward:
         places = chosen.argsort(stable=True).split(counts)
         result = torch.zeros_like(hidden_states)
         for number, place in enumerate(places[: len(first)]):
-            if len(place):
+            # In training an expert without tokens is called too: its gradient is zero, as that of its slice of one
+            # parameter would be, and all ranks have gradients of the same parameters.
+            if len(place) or torch.is_grad_enabled():
                 tokens = place // top_k_index.shape[1]
                 inner = first[number](hidden_states[tokens])
                 inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)

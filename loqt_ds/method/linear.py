@@ -335,6 +335,9 @@ class LoQTLinear(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """y (..., out) of x (..., in), and x P (T, r) where it is wanted and P is on the right side. No graph."""
         rows = x.reshape(-1, self.in_features)  # (T, in)
+        if not len(rows):  # an expert without tokens: nothing is dequantized
+            projected = rows.new_zeros(0, self.rank) if wants_projected and self.side == "right" else None
+            return x.new_zeros(*x.shape[:-1], self.out_features), projected
         product = _merged_forward if self._merges(rows, training=training) else _factored_forward
         y, projected = product(self, rows, factor.to(x.dtype), bias, wants_projected=wants_projected)
         return y.view(*x.shape[:-1], self.out_features), projected
@@ -353,6 +356,12 @@ class LoQTLinear(nn.Module):
         where it is needed, `tap` called where it is given. The gradient of the bias is in the dtype of grad_output."""
         dy = grad_output.reshape(-1, self.out_features)  # (T, out)
         need_x, need_factor, need_bias = wanted
+        if not len(dy):  # no token: zeros, and nothing to tap
+            return (
+                dy.new_zeros(*grad_output.shape[:-1], self.in_features) if need_x else None,
+                torch.zeros_like(factor) if need_factor else None,
+                dy.new_zeros(self.out_features) if need_bias and self.bias is not None else None,
+            )
         b, right, merged = factor.to(dy.dtype), self.side == "right", self._merges(dy, training=True)
         inner = None  # (T, r): what reaches the low-rank path from above
         if right:

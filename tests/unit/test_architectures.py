@@ -349,6 +349,20 @@ def test_experts_without_a_token_keep_their_subspace_and_are_counted():
     )
 
 
+def test_an_expert_without_a_token_has_a_gradient_of_zero_and_is_not_tapped():
+    model = make("mixtral").train()
+    convert(model, LoQTConfig(rank=4))
+    layers = {n: layer for n, layer in loqt_layers(model).items() if layer.is_conditional}
+    called: list[str] = []
+    for name, layer in layers.items():
+        nn.init.normal_(layer.B, std=0.1)
+        layer.tap = lambda dy, x, name=name: called.append(name)  # type: ignore[misc]
+    model(input_ids=torch.tensor([[7, 9]]), labels=torch.tensor([[9, 7]])).loss.backward()
+    assert 0 < len(called) < len(layers)
+    for name, layer in layers.items():
+        assert layer.B.grad is not None and (name in called or not layer.B.grad.any()), name
+
+
 def test_experts_that_are_not_asked_for_stay_as_they_are():
     model = make("mixtral")
     assert len(convert(model, LoQTConfig(rank=4, target_modules=["q_proj"]))) == 2
