@@ -170,15 +170,16 @@ def build(
     shape: dict[str, Any] | None = None,
     prepare: Callable[[nn.Module], None] | None = None,
     seed: int = 0,
+    description: Any = None,
     **ds_config: Any,
 ) -> LoQTEngine:
-    """A tiny converted Llama of two layers under ZeRO.
+    """A tiny converted Llama of two layers under ZeRO, or a model of another description.
 
     At rank 7 its factors have 5404 elements; of four ranks each keeps 1351, which ends inside of a layer. `zero` is
     added to the section of that name, other names to the whole.
     """
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
-    description = llama_config(**({"num_hidden_layers": 2} | (shape or {})))
+    description = description or llama_config(**({"num_hidden_layers": 2} | (shape or {})))
     model, source = build_model(description, config.loqt, initializer(seed), dtype=dtype)
     if prepare is not None:
         prepare(model)

@@ -318,6 +318,17 @@ def test_the_planner_counts_what_autograd_keeps(name: str, task: str, tmp_path: 
     assert entries["activations"] + entries["loss"] == pytest.approx(sum(kept.values()), rel=0.2)
 
 
+def test_the_table_counts_gpt2(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "tools")
+    import architectures
+
+    counts = architectures.count(architectures.build("gpt2"))
+    assert counts.total == 124_439_808 and counts.num_matrices == 48  # as published, the tied head once
+    assert sum(counts.adapted.values()) == 12 * 12 * 768**2
+    line = architectures.row("gpt2", counts)
+    assert "| 124 M | `c_proj`, `c_fc`, `c_attn` | 48, 68.3% | `wte` 31.0%; " in line
+
+
 # ---------------------------------------------------------------- experts
 
 
