@@ -41,9 +41,9 @@ Say = Callable[[str], None]
 FOLDERS = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "rte": "RTE"}
 STEPS = {"cola": 240, "sst2": 240, "mrpc": 115, "stsb": 180, "rte": 78}
 METHODS = ("full", "lora", "loqt", "nomerge")
-# Peak rates of what a method trains in the place of the adapted linears (found by --search; see the report), and of the
+# Peak rates of what a method trains in the place of the adapted linears, from which --search starts, and of the
 # classifier.
-RATES = {"full": 5e-4, "lora": 2e-3, "loqt": 2e-3, "nomerge": 2e-3}
+RATES = {"full": 1e-3, "lora": 3e-3, "loqt": 1e-3, "nomerge": 1e-3}
 RATE_OF_HEAD = 1e-3
 
 

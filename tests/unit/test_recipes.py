@@ -38,7 +38,7 @@ INSTEAD = {
     "gsm8k_llama2_7b": ["model.shape=llama_7b", "data.tokenizer=t5-base"],
     "gsm8k_llama2_13b": ["model.shape=llama_13b", "data.tokenizer=t5-base"],
     "gsm8k_small": ["model.shape=llama_mini", "data.tokenizer=t5-base"],
-    "glue_small": ["model.shape=bert_1m", "data.tokenizer=t5-base"],
+    "glue_small": ["model.shape=modernbert_1m", "data.tokenizer=t5-base"],
     **{
         path.stem: ["model.shape=deberta_v3_base", "data.tokenizer=t5-base"]
         for path in CONFIGS.glob("recipes/glue_*.yaml")
