@@ -238,6 +238,7 @@ def _check_examples(config: Config) -> None:
             raise ConfigError(
                 f"eval.metric={metric} needs data.format={needed}, but data.format={data.format}; use eval.metric=loss"
             )
+        _check_score(config)
     if data.format == "text":
         return
     if data.path is None and data.name is None:
@@ -259,6 +260,26 @@ def _check_examples(config: Config) -> None:
     if data.prompt_template is not None and "{prompt}" not in data.prompt_template:
         raise ConfigError(
             f"data.prompt_template={data.prompt_template!r} has no place for the prompt; write {{prompt}} where it goes"
+        )
+
+
+# task -> what its model can be judged by, besides the loss and GLUE's mean
+_SCORES = {"classification": ("accuracy", "f1", "matthews"), "regression": ("pearson", "spearman")}
+
+
+def _check_score(config: Config) -> None:
+    """That eval.metric, a score, is one of this task's; else the first evaluation would find out, after much work."""
+    metric, task = config.eval.metric, config.model.task
+    if metric == "glue" and config.data.glue_task is None:
+        raise ConfigError(
+            "eval.metric=glue with data.glue_task=null: it is the mean of what a task of GLUE is judged by; give "
+            f"data.glue_task, or one of {', '.join(_SCORES.get(task, ('loss',)))}"
+        )
+    others = [name for name, scores in _SCORES.items() if metric in scores and name != task]
+    if others:
+        raise ConfigError(
+            f"eval.metric={metric} is a score of model.task={others[0]}, but model.task={task}; use "
+            f"{', '.join((*_SCORES.get(task, ()), 'loss'))}"
         )
 
 
@@ -422,7 +443,8 @@ def _inactive_example_rules(config: Config) -> Iterator[tuple[bool, str, str, tu
     ):
         yield data.glue_task is not None, f"data.{name}", f"with data.glue_task={data.glue_task}", ()
     for name in ("header", "quoting"):
-        yield data.name is not None, f"data.{name}", f"with data.name={data.name}", ()
+        no_files = data.name is not None and data.validation_path is None
+        yield no_files, f"data.{name}", f"with data.name={data.name}", ()
     yield config.model.task == "regression", "data.labels", "with model.task=regression", ()
     for name in ("text_field", "packing"):
         yield data.format != "text", f"data.{name}", f"with data.format={data.format}", ()

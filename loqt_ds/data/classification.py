@@ -171,8 +171,9 @@ class Columns:
         return number
 
 
-def columns_of(config: Any) -> Columns:
-    """What `config` says of the columns. Raises DataError where it contradicts the model."""
+def columns_of(config: Any, table: Table | None = None) -> Columns:
+    """What `config` says of the columns, those of one table if given: GLUE's files have others than the hub's data set.
+    Raises DataError where it contradicts the model."""
     data, model = config.data, config.model
     task = glue_task(config)
     labels = task.labels if task else tuple(data.labels or ())
@@ -188,7 +189,7 @@ def columns_of(config: Any) -> Columns:
     needed = "classification" if labels else "regression"
     if model.task != needed:
         raise DataError(f"data.glue_task={data.glue_task} with model.task={model.task}; set model.task={needed}")
-    if data.name is not None:
+    if data.name is not None and (table is None or not table.paths):
         return Columns(task.hub_fields, "label", labels, num_labels, True, "auto", False)
     return Columns(task.text_fields, task.label_field, labels, num_labels, task.header, "none", task.has_short_rows)
 
@@ -258,8 +259,11 @@ def _split(config: Any, split: str, option: str, part: int = 0) -> Table:
 def open_tables(config: Any, say: Say) -> tuple[Table, list[Table]]:
     """(training table, held-out tables; none: a part of the training table is held out)."""
     data, task = config.data, glue_task(config)
+    of_files = [] if data.validation_path is None else [_files(data.validation_path, "data.validation_path", say)]
     if data.name is not None:
         train = _split(config, data.split, "data.split")
+        if of_files:
+            return train, of_files
         if data.validation_split is not None:
             return train, [_split(config, data.validation_split, "data.validation_split")]
         names = [] if task is None else [name.replace("dev", "validation") for name in task.held_out]
@@ -272,32 +276,29 @@ def open_tables(config: Any, say: Say) -> tuple[Table, list[Table]]:
                 f"directory of the GLUE archive"
             )
         train = Table(f"data.path={directory}", (task.file(directory, "train"),))
-        if data.validation_path is None:
+        if not of_files:
             files = [task.file(directory, name) for name in task.held_out]
             return train, [Table(f"data.path={directory}", (file,), None, part) for part, file in enumerate(files)]
     else:
         train = _files(data.path, "data.path", say)
-    held_out = [] if data.validation_path is None else [_files(data.validation_path, "data.validation_path", say)]
-    return train, held_out
+    return train, of_files
 
 
-def read_examples(config: Any, columns: Columns, say: Say) -> tuple[list[Example], list[tuple[Example, int]], Counts]:
+def read_examples(config: Any, say: Say) -> tuple[list[Example], list[tuple[Example, int]], Counts]:
     """(training examples, held-out examples with their part, what was met)."""
     train_table, held_out_tables = open_tables(config, say)
     counts, keeps_all = Counts(), glue_task(config) is not None
 
-    def wanted(examples: Iterator[Example]) -> Iterator[Example]:
-        for example in examples:
+    def wanted(table: Table, counts: Counts) -> Iterator[Example]:
+        for example in table.examples(columns_of(config, table), counts):
             if not any(text.strip() for text in example.texts):
                 counts.num_empty += 1
                 if not keeps_all:
                     continue
             yield example
 
-    held_out = [
-        (example, table.part) for table in held_out_tables for example in wanted(table.examples(columns, Counts()))
-    ]
-    read = list(wanted(train_table.examples(columns, counts)))
+    held_out = [(example, table.part) for table in held_out_tables for example in wanted(table, Counts())]
+    read = list(wanted(train_table, counts))
     if not held_out_tables:
         cut = int(config.data.validation_fraction * 2**64)
         held_out = [(example, 0) for example in read if split_hash(_digest(example)) < cut]
@@ -419,7 +420,7 @@ def build_classification(
     task = glue_task(config)
     metrics = REGRESSION if columns.is_regression else CLASSIFICATION
     check_packages(metrics)
-    train, held_out, counts = read_examples(config, columns, say)
+    train, held_out, counts = read_examples(config, say)
     if not held_out:
         raise DataError(
             f"data.validation_fraction={config.data.validation_fraction} holds out no example; raise it, give more "

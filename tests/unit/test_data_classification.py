@@ -297,6 +297,26 @@ def test_the_hubs_data_set_has_its_own_columns(folder: Path) -> None:
     assert [batch["_part"].tolist() for batch in bundle.validation.batches(9)] == [[0] * 9, [1] * 9]
 
 
+@pytest.mark.parametrize("task", [None, "mnli"])
+def test_files_can_be_held_out_of_a_data_set_of_the_hub(folder: Path, task: str | None) -> None:
+    names, rows = ("premise", "hypothesis", "label"), pairs(12, [0, 1, 2])
+    stored = {"train": datasets.Dataset.from_list([dict(zip(names, row, strict=True)) for row in rows])}
+    datasets.DatasetDict(stored).save_to_disk(folder / "hub")
+    if task is None:
+        overrides = ["data.text_fields=[premise, hypothesis]"]
+        write_tsv(folder / "dev.tsv", "premise\thypothesis\tlabel", [("two dogs", "someone reads", 2)])
+    else:  # whose files have other columns
+        overrides = [f"data.glue_task={task}"]
+        write_tsv(
+            folder / "dev.tsv", "sentence1\tsentence2\tgold_label", [("two dogs", "someone reads", "contradiction")]
+        )
+    paths = f"data.name={folder / 'hub'}", f"data.validation_path={folder / 'dev.tsv'}"
+    bundle = built(folder, *paths, *overrides, classes=3)
+    (batch,) = bundle.validation.batches(4)
+    assert trimmed(batch) == [word_tokenizer()("two dogs", "someone reads")["input_ids"]]
+    assert batch["targets"].tolist() == [2] and bundle.summary["num_rows"] == 12
+
+
 # ---------------------------------------------------------------- refused
 
 
