@@ -370,6 +370,25 @@ def test_refused(overrides: list[str], words: list[str]) -> None:
         assert word in str(caught.value)
 
 
+LABELS = ["data.format=classification", "data.path=rows.tsv", "data.tokenizer=x"]
+CLASSES = [*LABELS, "model.task=classification", "model.num_labels=2"]
+NUMBERS = [*LABELS, "model.task=regression"]
+
+
+@pytest.mark.parametrize(
+    "given, metrics", [(CLASSES, ("accuracy", "f1", "matthews")), (NUMBERS, ("pearson", "spearman"))]
+)
+def test_a_score_of_another_task_is_refused(given: list[str], metrics: tuple[str, ...]) -> None:
+    for metric in ("loss", *metrics):
+        load_config(None, [SHAPE, *given, f"eval.metric={metric}"])
+    for metric in {"accuracy", "f1", "matthews", "pearson", "spearman"} - {*metrics}:
+        with pytest.raises(ConfigError, match=f"eval.metric={metric} is a score of .*; use {', '.join(metrics)}, loss"):
+            load_config(None, [SHAPE, *given, f"eval.metric={metric}"])
+    with pytest.raises(ConfigError, match="eval.metric=glue with data.glue_task=null"):
+        load_config(None, [SHAPE, *given, "eval.metric=glue"])
+    load_config(None, [SHAPE, *given, "eval.metric=glue", f"data.glue_task={'rte' if given == CLASSES else 'stsb'}"])
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
