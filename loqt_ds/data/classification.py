@@ -18,7 +18,7 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,7 +108,8 @@ class Examples:
 @dataclass(frozen=True)
 class Columns:
     """Which columns are read, and how they are understood. labels: the classes' names; none: they are their numbers, or
-    there are no classes. num_labels: 1 for a number to predict."""
+    there are no classes. num_labels: 1 for a number to predict. stored_names: by which the data set of the hub numbers
+    its classes, where it does."""
 
     texts: tuple[str, ...]
     label: str
@@ -117,6 +118,7 @@ class Columns:
     header: bool
     quoting: str
     has_short_rows: bool
+    stored_names: tuple[str, ...] = ()
 
     @property
     def is_regression(self) -> bool:
@@ -144,9 +146,10 @@ class Columns:
     def _target(self, value: Any, where: str) -> float:
         if self.is_regression:
             return self._number(value, where)
-        if self.labels and value in self.labels:
+        if self.labels:
+            value = self._class_name(value)
+        if value in self.labels:
             return self.labels.index(value)
-        # A data set of the hub numbers classes that have names.
         is_number = isinstance(value, int) and not isinstance(value, bool)
         if not self.labels and isinstance(value, str) and value.strip().isdecimal():
             value, is_number = int(value), True
@@ -157,6 +160,17 @@ class Columns:
             f"data.label_field={self.label}: {where} has the label {value!r}, which is no class; classes are {names}: "
             f"correct the row, or give its class as well"
         )
+
+    def _class_name(self, value: Any) -> Any:
+        """What a number stands for where classes have names; other labels as they are. A number among names that are
+        none is a place among them, and left as it is."""
+        if isinstance(value, bool) or not isinstance(value, int):
+            return value
+        has_numbers = any(label.removeprefix("-").isdecimal() for label in self.labels)
+        if 0 <= value < len(self.stored_names):
+            name = self.stored_names[value]
+            return name if name in self.labels or not has_numbers else str(value)
+        return str(value) if has_numbers else value
 
     def _number(self, value: Any, where: str) -> float:
         try:
@@ -204,7 +218,7 @@ def class_names(config: Any) -> tuple[str, ...]:
     classes."""
     task = glue_task(config)
     names = task.labels if task else tuple(config.data.labels or ())
-    return () if all(name.isdecimal() for name in names) else names
+    return () if names == tuple(map(str, range(len(names)))) else names
 
 
 def _num_labels(config: Any) -> int:
@@ -225,6 +239,8 @@ class Table:
 
     def examples(self, columns: Columns, counts: Counts) -> Iterator[Example]:
         """Rows that a broken file has cut short are counted where the task is known to have them."""
+        features = getattr(self.dataset, "features", None) or {}
+        columns = replace(columns, stored_names=tuple(getattr(features.get(columns.label), "names", None) or ()))
         for where, row in self._rows(columns):
             counts.num_rows += 1
             if columns.has_short_rows and columns.label not in row:

@@ -297,6 +297,49 @@ def test_the_hubs_data_set_has_its_own_columns(folder: Path) -> None:
     assert [batch["_part"].tolist() for batch in bundle.validation.batches(9)] == [[0] * 9, [1] * 9]
 
 
+@pytest.mark.parametrize(
+    ("names", "labels", "expected"),
+    [
+        (["bad", "good"], ["good", "bad"], [1, 0, 1, 0]),
+        (["no", "yes"], ["1", "0"], [1, 0, 1, 0]),
+        (None, ["1", "0"], [1, 0, 1, 0]),
+        (None, ["bad", "good"], [0, 1, 0, 1]),
+    ],
+)
+def test_numbers_of_a_data_set_are_the_classes_of_their_names(
+    folder: Path, names: list[str] | None, labels: list[str], expected: list[int]
+) -> None:
+    label = datasets.Value("int64") if names is None else datasets.ClassLabel(names=names)
+    features = datasets.Features(text=datasets.Value("string"), label=label)
+    rows = [{"text": sentence(n), "label": n % 2} for n in range(8)]
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(folder / "hub")
+    write_tsv(folder / "dev.tsv", "text\tlabel", [("two dogs", labels[1])])
+    paths = f"data.name={folder / 'hub'}", f"data.validation_path={folder / 'dev.tsv'}"
+    bundle = built(folder, *paths, f"data.labels={json.dumps(labels)}")
+    assert bundle.train.next_batch()["targets"].tolist() == expected
+
+
+def test_the_names_of_a_data_set_must_be_the_classes(folder: Path) -> None:
+    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["neg", "pos"]))
+    rows = [{"text": sentence(n), "label": n % 2} for n in range(8)]
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(folder / "hub")
+    with pytest.raises(DataError, match=r"row 1 has the label 'neg', which is no class; .*'bad', 'good'"):
+        built(folder, f"data.name={folder / 'hub'}", "data.labels=[bad, good]")
+
+
+def test_numbers_in_files_are_the_classes_that_are_called_so(folder: Path) -> None:
+    rows = [(sentence(n), (n % 3) - 1) for n in range(9)]
+    write_tsv(folder / "rows.tsv", "text\tlabel", rows)
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": t, "label": n}) + "\n" for t, n in rows))
+    write_tsv(folder / "dev.tsv", "text\tlabel", [("two dogs", 0)])
+    for name in ("rows.tsv", "rows.jsonl"):
+        paths = f"data.path={folder / name}", f"data.validation_path={folder / 'dev.tsv'}"
+        bundle = built(folder, *paths, 'data.labels=["1", "0", "-1"]', classes=3)
+        assert bundle.train.next_batch()["targets"].tolist() == [2, 1, 0, 2], name
+    with pytest.raises(DataError, match=r"has the label '0', which is no class"):
+        built(folder, *paths, 'data.labels=["1", "2", "-1"]', classes=3)
+
+
 @pytest.mark.parametrize("task", [None, "mnli"])
 def test_files_can_be_held_out_of_a_data_set_of_the_hub(folder: Path, task: str | None) -> None:
     names, rows = ("premise", "hypothesis", "label"), pairs(12, [0, 1, 2])
