@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,11 +57,20 @@ def finish(run: Run, trained: Evaluation, finished: Finished, *, say: Say) -> No
     sampled = run.engine.network
     if config.export.format != "none":
         sampled = _export(run, trained, finished, say)
-    if (frequencies := run.data.summary.get("unigram_loss")) is not None:
-        say(f"token frequencies alone: loss {frequencies:.4f}, perplexity {math.exp(frequencies):.2f}")
+    if (loss := run.data.summary.get("unigram_loss")) is not None:
+        say(describe_frequencies(loss, config.model.task))
     if config.eval.num_samples and config.model.task == "causal_lm":
         _say_samples(run, sampled, say)
     _say_onward(run, say)
+
+
+def describe_frequencies(loss: float, task: str) -> str:
+    """`unigram_loss` of the data in one line, for people: what a model reaches that has never seen an input."""
+    if task == "regression":
+        return f"the mean of the training numbers alone: loss {loss:.4f}"
+    if task == "classification":
+        return f"class frequencies alone: loss {loss:.4f}"
+    return f"token frequencies alone: loss {loss:.4f}, perplexity {Evaluation(loss, 0, task=task).perplexity:.2f}"
 
 
 def make_room(

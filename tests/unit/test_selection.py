@@ -13,6 +13,7 @@ from helpers import VOCAB, as_ranks, llama_config
 from transformers import LlamaForCausalLM
 
 from loqt_ds.evaluation import Evaluation, Evaluator, evaluate
+from loqt_ds.finish import describe_frequencies
 from loqt_ds.ranks import ALONE
 from loqt_ds.selection import Selection
 
@@ -51,6 +52,15 @@ def test_patience_and_other_metrics() -> None:
     assert other.best is None and other.num_since == 0, "it followed something else"
     with pytest.raises(ValueError, match=r"eval.metric=f1 is no score of this task; there are: loss, exact_match"):
         Selection("f1").add(evaluations(1, 3)[0], 1)
+
+
+def test_what_is_reached_without_seeing_an_input_is_named_by_task() -> None:
+    """A squared error may be any size; a perplexity is of tokens only."""
+    assert describe_frequencies(2500.0, "regression") == "the mean of the training numbers alone: loss 2500.0000"
+    assert describe_frequencies(0.6931, "classification") == "class frequencies alone: loss 0.6931"
+    for task in ("causal_lm", "masked_lm"):
+        expected = f"token frequencies alone: loss 2.0000, perplexity {math.exp(2):.2f}"
+        assert describe_frequencies(2.0, task) == expected
 
 
 class Counter:
