@@ -300,10 +300,10 @@ def open_tables(config: Any, say: Say) -> tuple[Table, list[Table]]:
     return train, of_files
 
 
-def read_examples(config: Any, say: Say) -> tuple[list[Example], list[tuple[Example, int]], Counts]:
-    """(training examples, held-out examples with their part, what was met)."""
+def read_examples(config: Any, say: Say) -> tuple[list[Example], list[tuple[Example, int]], Counts, Counts]:
+    """(training examples, held-out examples with their part, what was met in training data, and held out)."""
     train_table, held_out_tables = open_tables(config, say)
-    counts, keeps_all = Counts(), glue_task(config) is not None
+    counts, of_held_out, keeps_all = Counts(), Counts(), glue_task(config) is not None
 
     def wanted(table: Table, counts: Counts) -> Iterator[Example]:
         for example in table.examples(columns_of(config, table), counts):
@@ -313,16 +313,16 @@ def read_examples(config: Any, say: Say) -> tuple[list[Example], list[tuple[Exam
                     continue
             yield example
 
-    held_out = [(example, table.part) for table in held_out_tables for example in wanted(table, Counts())]
+    held_out = [(example, table.part) for table in held_out_tables for example in wanted(table, of_held_out)]
     read = list(wanted(train_table, counts))
     if not held_out_tables:
         cut = int(config.data.validation_fraction * 2**64)
         held_out = [(example, 0) for example in read if split_hash(_digest(example)) < cut]
-        return [example for example in read if split_hash(_digest(example)) >= cut], held_out, counts
+        return [example for example in read if split_hash(_digest(example)) >= cut], held_out, counts, of_held_out
     known = {_digest(example) for example, _ in held_out}
     train = [example for example in read if keeps_all or _digest(example) not in known]
     counts.num_duplicates = sum(_digest(example) in known for example in read)
-    return train, held_out, counts
+    return train, held_out, counts, of_held_out
 
 
 def _digest(example: Example) -> bytes:
@@ -436,7 +436,7 @@ def build_classification(
     task = glue_task(config)
     metrics = REGRESSION if columns.is_regression else CLASSIFICATION
     check_packages(metrics)
-    train, held_out, counts = read_examples(config, say)
+    train, held_out, counts, of_held_out = read_examples(config, say)
     if not held_out:
         raise DataError(
             f"data.validation_fraction={config.data.validation_fraction} holds out no example; raise it, give more "
@@ -444,7 +444,6 @@ def build_classification(
         )
     _require(config, len(train), world_size)
     encoder = Encoder(tokenizer, config.data.sequence_length, has_types=model_has_token_types(config))
-    of_held_out = Counts()
     rows = Examples(encoder.rows([(example, 0) for example in train], counts))
     held_out_rows = Examples(encoder.rows(held_out, of_held_out))
     summary = _summary(counts, of_held_out, columns, tokenizer)
@@ -506,6 +505,8 @@ def _summary(counts: Counts, held_out: Counts, columns: Columns, tokenizer: Toke
         "num_duplicates": counts.num_duplicates,
         "num_empty": counts.num_empty,
         "num_unreadable": counts.num_unreadable,
+        "num_validation_empty": held_out.num_empty,
+        "num_validation_unreadable": held_out.num_unreadable,
         "num_tokens": counts.num_tokens,
         "num_rows": len(counts.targets),
         "num_validation_tokens": held_out.num_tokens,
@@ -531,7 +532,9 @@ def _say(config: Any, columns: Columns, counts: Counts, held_out: Counts, say: S
     kept = "kept, as in the benchmark" if is_glue else "left out"
     for number, text in (
         (counts.num_empty, f"examples have no text and are {kept}"),
+        (held_out.num_empty, f"held-out examples have no text and are {kept}"),
         (counts.num_unreadable, "rows are cut short in the file and are left out"),
+        (held_out.num_unreadable, "held-out rows are cut short in the file and are left out"),
         (counts.num_duplicates, f"training examples have the texts of held-out ones and are {kept}"),
     ):
         if number:

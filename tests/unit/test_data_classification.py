@@ -185,12 +185,14 @@ def trimmed(batch: dict[str, torch.Tensor]) -> list[list[int]]:
 def test_empty_and_shared_texts_are_left_out_and_counted(folder: Path) -> None:
     rows = [(sentence(n), n % 2) for n in range(8)]
     write_tsv(folder / "train.tsv", "text\tlabel", [*rows, ("", 1), ("  ", 0)])
-    write_tsv(folder / "dev.tsv", "text\tlabel", [(sentence(3), 0), ("someone reads the flute", 1)])
+    write_tsv(folder / "dev.tsv", "text\tlabel", [(sentence(3), 0), ("someone reads the flute", 1), (" ", 1)])
     said: list[str] = []
     paths = f"data.path={folder / 'train.tsv'}", f"data.validation_path={folder / 'dev.tsv'}"
     summary = built(folder, *paths, said=said).summary
     assert (summary["num_rows"], summary["num_empty"], summary["num_duplicates"]) == (7, 2, 1)
-    assert any("2 examples have no text and are left out" in line for line in said)
+    assert (summary["num_validation_documents"], summary["num_validation_empty"]) == (2, 1)
+    assert any(line == "2 examples have no text and are left out" for line in said)
+    assert any(line == "1 held-out examples have no text and are left out" for line in said)
     assert any("1 training examples have the texts of held-out ones and are left out" in line for line in said)
 
 
@@ -243,6 +245,17 @@ FILES = {
     ),
 }
 HELD_OUT = {"mnli": ("dev_matched.tsv", "dev_mismatched.tsv")}
+
+
+def test_held_out_rows_that_are_cut_short_are_told(folder: Path) -> None:
+    header, row = FILES["qqp"]
+    for name, count in (("train.tsv", 5), ("dev.tsv", 7)):  # number 5 is cut short
+        write_tsv(folder / name, header, [row(n, sentence(n), sentence(n + 31)) for n in range(count)])
+    said: list[str] = []
+    summary = built(folder, f"data.path={folder}", "data.glue_task=qqp", said=said).summary
+    assert (summary["num_validation_documents"], summary["num_validation_unreadable"]) == (6, 1)
+    assert summary["num_unreadable"] == 0
+    assert any(line == "1 held-out rows are cut short in the file and are left out" for line in said)
 
 
 def glue_options(task: str) -> dict[str, Any]:
