@@ -22,19 +22,22 @@ from loqt_ds.generation import answer_greedily
 from loqt_ds.ranks import Ranks
 
 MARK = "####"
-# A sign (also U+2212), a currency, digits in groups or in a row, decimals.
-_NUMBER = re.compile(r"([-+\u2212]?)\s*[$€£]?\s*([-+\u2212]?)((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
+# Signs (also U+2212 and U+2013), a currency, digits with commas anywhere, decimals, a power of ten.
+_NUMBER = re.compile(
+    r"([-+\u2212\u2013]*)\s*[$€£]?\s*([-+\u2212\u2013]*)((?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?![\d.]))?)"
+)
 
 
 def final_number(text: str) -> Decimal | None:
-    """The first number after the last `####`; None where there is none."""
+    """The first number after the last `####`, whole: commas are dropped wherever they are; None where there is none."""
     _, mark, after = text.rpartition(MARK)
     found = _NUMBER.search(after) if mark else None
     if found is None:
         return None
-    before, behind, digits = found.groups()
+    *signs, digits = found.groups()
     number = Decimal(digits.replace(",", ""))
-    return -number if (before or behind) in ("-", "\u2212") else number
+    num_minus = sum(sign != "+" for sign in "".join(signs))
+    return number.copy_negate() if num_minus % 2 else number  # and not -number, which rounds
 
 
 def is_exact_match(answer: str, reference: str) -> bool:
