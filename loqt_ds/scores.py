@@ -48,11 +48,12 @@ def accuracy(targets: Numbers, predicted: Numbers) -> float:
     return float(_package("sklearn.metrics", "scikit-learn").accuracy_score(targets, predicted))
 
 
-def f1(targets: Numbers, predicted: Numbers) -> float:
-    """Of class 1 where there are two classes, else the mean of all classes'; 0 for a class that never occurs."""
-    average = "binary" if max(targets.max(), predicted.max()) <= 1 else "macro"
-    metrics = _package("sklearn.metrics", "scikit-learn")
-    return float(metrics.f1_score(targets, predicted, average=average, zero_division=0.0))
+def f1(targets: Numbers, predicted: Numbers, num_labels: int = 2) -> float:
+    """Of class 1 where the model has two classes, else the mean of all classes'; 0 for a class that never occurs."""
+    score = _package("sklearn.metrics", "scikit-learn").f1_score
+    if num_labels == 2:
+        return float(score(targets, predicted, average="binary", zero_division=0.0))
+    return float(score(targets, predicted, labels=range(num_labels), average="macro", zero_division=0.0))
 
 
 def matthews(targets: Numbers, predicted: Numbers) -> float:
@@ -73,7 +74,7 @@ def spearman(targets: Numbers, predicted: Numbers) -> float:
     return _correlation("spearmanr", targets, predicted)
 
 
-METRICS: dict[str, Callable[[Numbers, Numbers], float]] = {
+METRICS: dict[str, Callable[..., float]] = {
     "accuracy": accuracy,
     "f1": f1,
     "matthews": matthews,
@@ -87,12 +88,13 @@ class LabelScorer:
     """Scores of the predictions that a model's outputs are (an `evaluation.Scorer`): the class with the largest logit,
     or the number.
 
-    metrics: names of METRICS. parts: names of the held-out sets; scores of the first have their plain names, those of
-    others are NAME_PART. glue: of which metrics `glue` is the mean, over all parts; none: there is no such score.
+    metrics: names of METRICS. num_labels: classes of the model; 1: it gives a number. parts: names of the held-out sets;
+    scores of the first have their plain names, those of others are NAME_PART. glue: of which metrics `glue` is the
+    mean, over all parts; none: there is no such score.
     """
 
     metrics: Sequence[str]
-    is_regression: bool = False
+    num_labels: int
     parts: Sequence[str] = ("",)
     glue: Sequence[str] = ()
     _rows: list[tuple[Numbers, Numbers, Numbers]] = field(default_factory=list)
@@ -100,7 +102,7 @@ class LabelScorer:
     def add(self, outputs: Any, batch: dict[str, Tensor]) -> None:
         """Takes in logits (b, classes), or (b, 1) of a regression, and the batch's targets (b,)."""
         logits = outputs.logits.detach().float()
-        predicted = logits.flatten() if self.is_regression else logits.argmax(-1)  # to be read: a synchronization
+        predicted = logits.flatten() if self.num_labels == 1 else logits.argmax(-1)  # to be read: a synchronization
         targets = batch["targets"].numpy()
         part = batch[PART].numpy() if PART in batch else np.zeros(len(targets), dtype=np.int64)
         self._rows.append((predicted.cpu().numpy(), targets, part))
@@ -119,7 +121,8 @@ class LabelScorer:
                 continue
             for metric in self.metrics:
                 key = metric if number == 0 else f"{metric}_{name}"
-                scores[key] = METRICS[metric](targets[here], predicted[here])
+                options = {"num_labels": self.num_labels} if metric == "f1" else {}
+                scores[key] = METRICS[metric](targets[here], predicted[here], **options)
         if self.glue:
             of_parts = [scores[key] for key in scores if any(key == m or key.startswith(f"{m}_") for m in self.glue)]
             scores["glue"] = float(np.mean(of_parts))

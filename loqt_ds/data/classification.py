@@ -470,7 +470,7 @@ def build_classification(
     scorer = partial(
         LabelScorer,
         metrics,
-        columns.is_regression,
+        columns.num_labels,
         parts=task.parts if task else ("",),
         glue=task.metrics if task else (),
     )

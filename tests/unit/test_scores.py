@@ -54,7 +54,16 @@ def test_correlations_by_their_definitions() -> None:
 def test_three_classes_take_the_mean_of_their_f1() -> None:
     targets, predicted = np.array([0, 0, 1, 1, 2, 2, 2]), np.array([0, 1, 1, 1, 2, 0, 2])
     each = [counted((targets == c).astype(int), (predicted == c).astype(int))["f1"] for c in range(3)]
-    assert METRICS["f1"](targets, predicted) == pytest.approx(np.mean(each))
+    assert METRICS["f1"](targets, predicted, num_labels=3) == pytest.approx(np.mean(each))
+
+
+def test_f1_is_of_the_models_classes_whatever_is_predicted() -> None:
+    logits, targets = torch.eye(3)[[0, 1, 1, 0]], torch.tensor([0, 1, 0, 0])  # the third class does not occur
+    of_zero, of_one = 2 * 2 / (2 * 2 + 1), 2 * 1 / (2 * 1 + 1)
+    found = scored([LabelScorer(("f1",), 3)], logits, targets, torch.zeros(4, dtype=torch.int64))
+    assert found["f1"] == pytest.approx((of_zero + of_one + 0) / 3)
+    found = scored([LabelScorer(("f1",), 2)], logits[:, :2], targets, torch.zeros(4, dtype=torch.int64))
+    assert found["f1"] == pytest.approx(of_one)
 
 
 @pytest.mark.parametrize("name", ["matthews", "pearson", "spearman"])
@@ -75,7 +84,7 @@ def scored(scorers: list[LabelScorer], logits: torch.Tensor, targets: torch.Tens
 def test_the_scores_are_of_all_rows_of_all_ranks(world_size: int) -> None:
     torch.manual_seed(0)
     logits, targets = torch.randn(37, 2), torch.randint(0, 2, (37,))
-    scorers = [LabelScorer(("accuracy", "f1"), glue=TASKS["mrpc"].metrics) for _ in range(world_size)]
+    scorers = [LabelScorer(("accuracy", "f1"), 2, glue=TASKS["mrpc"].metrics) for _ in range(world_size)]
     found = scored(scorers, logits, targets, torch.zeros(37, dtype=torch.int64))
     expected = counted(targets.numpy(), logits.argmax(-1).numpy())
     assert found["f1"] == pytest.approx(expected["f1"]) and found["accuracy"] == pytest.approx(expected["accuracy"])
@@ -87,7 +96,7 @@ def test_two_held_out_sets_have_their_own_scores() -> None:
     task = TASKS["mnli"]
     torch.manual_seed(1)
     logits, targets, part = torch.randn(41, 3), torch.randint(0, 3, (41,)), torch.randint(0, 2, (41,))
-    found = scored([LabelScorer(("accuracy",), parts=task.parts, glue=task.metrics)], logits, targets, part)
+    found = scored([LabelScorer(("accuracy",), 3, parts=task.parts, glue=task.metrics)], logits, targets, part)
     right = logits.argmax(-1) == targets
     assert found["accuracy"] == pytest.approx(right[part == 0].double().mean().item())
     assert found["accuracy_mismatched"] == pytest.approx(right[part == 1].double().mean().item())
@@ -97,7 +106,7 @@ def test_two_held_out_sets_have_their_own_scores() -> None:
 def test_numbers_are_scored_as_they_are() -> None:
     torch.manual_seed(2)
     predicted, targets = torch.randn(23, 1, dtype=torch.bfloat16), torch.rand(23) * 5
-    scorer = LabelScorer(("pearson", "spearman"), is_regression=True, glue=("pearson", "spearman"))
+    scorer = LabelScorer(("pearson", "spearman"), 1, glue=("pearson", "spearman"))
     found = scored([scorer], predicted, targets, torch.zeros(23, dtype=torch.int64))
     assert found["pearson"] == pytest.approx(
         linear(targets.double().numpy(), predicted[:, 0].double().numpy()), abs=1e-6
