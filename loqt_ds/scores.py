@@ -88,9 +88,9 @@ class LabelScorer:
     """Scores of the predictions that a model's outputs are (an `evaluation.Scorer`): the class with the largest logit,
     or the number.
 
-    metrics: names of METRICS. num_labels: classes of the model; 1: it gives a number. parts: names of the held-out sets;
-    scores of the first have their plain names, those of others are NAME_PART. glue: of which metrics `glue` is the
-    mean, over all parts; none: there is no such score.
+    metrics: names of METRICS. num_labels: classes of the model; 1: it gives a number. parts: names of the held-out
+    sets; scores of the first have their plain names, those of others are NAME_PART. glue: of which metrics `glue` is
+    the mean, over all parts; none: there is no such score.
     """
 
     metrics: Sequence[str]

@@ -405,10 +405,13 @@ def model_has_token_types(config: Any) -> bool:
     return takes and (getattr(description, "type_vocab_size", None) or 0) > 1
 
 
-def collate(rows: list[Row], *, pad_id: int, is_regression: bool) -> dict[str, Tensor]:
-    """A batch (see the module's docstring)."""
+def collate(
+    rows: list[Row], *, pad_id: int, is_regression: bool, sequence_length: int, whole_length: bool = False
+) -> dict[str, Tensor]:
+    """A batch (see the module's docstring), as long as its longest row, or as `sequence_length`."""
     longest = max(len(row.inputs) for row in rows)
-    shape = len(rows), -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    length = min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, sequence_length)
+    shape = len(rows), sequence_length if whole_length else length
     ids, mask, types = np.full(shape, pad_id, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     for index, row in enumerate(rows):
         ids[index, : len(row.inputs)] = row.inputs
@@ -450,8 +453,14 @@ def build_classification(
     if task is not None:  # kept, and told
         summary |= {"num_duplicates": 0, "num_shared": counts.num_duplicates}
     _say(config, columns, counts, of_held_out, say)
-    batch_of = partial(collate, pad_id=tokenizer.pad_id, is_regression=columns.is_regression)
     data = config.data
+    batch_of = partial(
+        collate,
+        pad_id=tokenizer.pad_id,
+        is_regression=columns.is_regression,
+        sequence_length=data.sequence_length,
+        whole_length=config.train.compile,  # or it would be compiled for every length
+    )
     batches = TrainBatches(
         StoredSequence(rows, shuffle=data.shuffle, seed=config.train.seed),
         identity={

@@ -136,6 +136,22 @@ def test_long_pairs_lose_the_end_of_the_longer_text_and_are_counted(folder: Path
     assert any(f"{lost} of" in line and "data.sequence_length=16" in line for line in said)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [([], {8, 13}), (["train.compile=true"], {13})],  # padded to a multiple of 8, but not beyond 13
+)
+def test_rows_are_padded_to_few_lengths_and_not_beyond_the_longest(
+    folder: Path, overrides: list[str], expected: set[int]
+) -> None:
+    write_tsv(folder / "train.tsv", "text\tlabel", [(sentence(n, 3 + 6 * (n // 4)), n % 2) for n in range(16)])
+    write_tsv(folder / "dev.tsv", "text\tlabel", [("two dogs", 0)])
+    paths = f"data.path={folder / 'train.tsv'}", f"data.validation_path={folder / 'dev.tsv'}"
+    bundle = built(folder, *paths, "data.sequence_length=13", *overrides)
+    batches = [bundle.train.next_batch() for _ in range(4)]
+    assert {batch["input_ids"].shape[1] for batch in batches} == expected
+    assert [batch["attention_mask"].sum(1).max().item() for batch in batches] == [5, 11, 13, 13]
+
+
 def test_a_language_models_tokenizer_closes_each_text(tmp_path: Path) -> None:
     folder = tmp_path / "joined"
     folder.mkdir()
