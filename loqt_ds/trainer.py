@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from loqt_ds.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
+from loqt_ds.checkpoint import Checkpoint, delete_others, find_checkpoint, load_checkpoint, save_checkpoint
 from loqt_ds.config import Config
 from loqt_ds.data import DataBundle, StepBatches
 from loqt_ds.engines.base import Engine, StepReport
@@ -44,7 +44,9 @@ class Trainer:
         data: batches.
         evaluator: evaluates the engine's network.
         logger: metrics and progress.
-        checkpoints: the directory of checkpoints; the best one's, with checkpoint.best, is `best` beside it.
+        checkpoints: the directory of checkpoints; the best one's, with checkpoint.best, is `best` beside it. While
+            training there may be two in it: the one that the newest checkpoint names, so that a run that goes on from
+            there finds it, and a better one since.
         extra_metadata: JSON saved with each checkpoint (the model's configuration).
         directories: folders saved with each checkpoint (the tokenizer).
     """
@@ -76,6 +78,7 @@ class Trainer:
         self._last_checkpoint: Path | None = None
         self._proven_checkpoint: Path | None = None  # the last one after which a step succeeded
         self._saved_step: int | None = None
+        self._named_best: int | None = None  # step of the best one, as the newest checkpoint knows it
         self._save_is_due = False
 
     # ---------------------------------------------------------------- the run
@@ -92,6 +95,7 @@ class Trainer:
             self._selection.load_state_dict(selection)
             if self._config.checkpoint.best:
                 self._find_best()
+            self._named_best = self._selection.best_step
 
     def fit(self) -> Evaluation:
         """Trains to the last step, or until eval.patience is over; returns the final evaluation, the same on all ranks.
@@ -127,6 +131,8 @@ class Trainer:
             if evaluated is None:
                 evaluated = self._evaluate_and_select()
             self._say_early_stop(num_steps)
+            if config.checkpoint.best and self._selection.best is not None:
+                self._keep_best({self._selection.best_step})
             return self._return_to_best(evaluated) if config.checkpoint.best else evaluated
 
     def _begin_step(self, requests: StopRequests) -> tuple[list[dict[str, torch.Tensor]], int]:
@@ -250,7 +256,7 @@ class Trainer:
         """Makes sure that the best checkpoint that the one gone on from speaks of is there. Collective.
 
         A longer run goes on from before the last evaluation of a shorter one, which may have been the best; and a run
-        in another directory has left its best one behind.
+        in another directory has left its best one behind. One of a later step than the run's is none of its models.
         """
         selection = self._selection
         known = None if selection.best_step is None else self._best / f"step_{selection.best_step}"
@@ -259,13 +265,21 @@ class Trainer:
             if known is None or known.is_dir():
                 return selection.state_dict()
             path = find_checkpoint(self._best, "auto", say=self._logger.say, option="checkpoint.best")
-            return None if path is None else load_checkpoint(path, verify=False).metadata["selection"]
+            found = None if path is None else load_checkpoint(path, verify=False)
+            return None if found is None or found.step > self._engine.step_index else found.metadata["selection"]
 
         state = self._ranks.on_main(look) or {"metric": selection.metric, "best": None, "best_step": None}
         if state["best_step"] != selection.best_step:
             selection.load_state_dict(state | {"num_since": selection.num_since})
             there = "" if selection.best is None else f" ({selection.describe_best()})"
             self._logger.say(f"{known} is not there: the best checkpoint is looked for from here on{there}")
+
+    def _keep_best(self, steps: set[int | None]) -> None:
+        """Deletes all best checkpoints but those of `steps`. Collective."""
+        try:
+            self._ranks.on_main(lambda: delete_others(self._best, {f"step_{step}" for step in steps}))
+        except (OSError, ValueError) as error:
+            raise TrainingFailed(f"{error}. {self.last_checkpoint()}") from error
 
     def _return_to_best(self, evaluated: Evaluation) -> Evaluation:
         """Gives the engine back the model of the best evaluation; returns that evaluation. Collective."""
@@ -290,7 +304,7 @@ class Trainer:
 
     def _save(self, position: dict[str, Any] | None = None, *, root: Path | None = None) -> None:
         """Writes a checkpoint; `position` is that of the data, where batches after it have been taken already. With
-        `root` (of the best one) it is the only one kept there, and not one to go on from."""
+        `root` it is the best one, and not one to go on from."""
         with self._window.paused():
             self._logger.flush()
             step = self._engine.step_index
@@ -311,7 +325,7 @@ class Trainer:
                     tensors=self._engine.saved_tensors(),
                     metadata=metadata,
                     directories=self._directories,
-                    keep=self._config.checkpoint.keep if root is None else 1,
+                    keep=self._config.checkpoint.keep if root is None else 0,
                     ranks=self._ranks,
                 )
             except (OSError, ValueError) as error:
@@ -320,6 +334,9 @@ class Trainer:
                 ) from error
             if root is None:
                 self._last_checkpoint, self._saved_step, self._save_is_due = path, step, False
+                self._named_best = self._selection.best_step
+            else:
+                self._keep_best({step, self._named_best})
             self._logger.event("checkpoint" if root is None else "best_checkpoint", {"step": step, "path": str(path)})
 
     def last_checkpoint(self) -> str:

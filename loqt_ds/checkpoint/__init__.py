@@ -29,7 +29,7 @@ from loqt_ds.checkpoint.files import (
     write_safetensors,
 )
 from loqt_ds.checkpoint.loading import Checkpoint, find_checkpoint, load_checkpoint
-from loqt_ds.checkpoint.saving import save_checkpoint
+from loqt_ds.checkpoint.saving import delete_others, save_checkpoint
 
 __all__ = [
     "GIB",
@@ -37,6 +37,7 @@ __all__ = [
     "CheckpointError",
     "check_free_space",
     "copy_file",
+    "delete_others",
     "find_checkpoint",
     "fsync_directory",
     "load_checkpoint",

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -336,13 +336,24 @@ def _rotate(root: Path, *, keep: int, newest: Path) -> None:
             complete.append((manifest["sequence"], path))
     for _, path in sorted(complete, reverse=True)[keep:]:
         assert path != newest, "the checkpoint just written has the highest sequence number"
-        # Renamed first, so that a checkpoint that is half deleted is never taken for one that is there.
-        doomed = _temporary(root, path.name)
-        try:
-            os.replace(path, doomed)
-        except OSError as error:
-            raise CheckpointError(
-                f"checkpoint.keep={keep}: the old checkpoint {path} could not be deleted: {error}; make it deletable, "
-                "or set checkpoint.keep=0. The new checkpoint is in place"
-            ) from error
-        shutil.rmtree(doomed, ignore_errors=True)
+        _delete(path, f"checkpoint.keep={keep}", "checkpoint.keep=0")
+
+
+def delete_others(root: Path, names: Collection[str]) -> None:
+    """Rank 0: delete all checkpoints of `root` but those of these names. Raises CheckpointError where one cannot be."""
+    for path in candidates(root):
+        if path.name not in names:
+            _delete(path, "checkpoint.best=true", "checkpoint.best=false")
+
+
+def _delete(path: Path, option: str, instead: str) -> None:
+    # Renamed first, so that a checkpoint that is half deleted is never taken for one that is there.
+    doomed = _temporary(path.parent, path.name)
+    try:
+        os.replace(path, doomed)
+    except OSError as error:
+        raise CheckpointError(
+            f"{option}: the old checkpoint {path} could not be deleted: {error}; make it deletable, or set {instead}. "
+            "The new checkpoint is in place"
+        ) from error
+    shutil.rmtree(doomed, ignore_errors=True)

@@ -22,6 +22,7 @@ from loqt_ds.data.tokenizer import train_sentencepiece
 from loqt_ds.engines.single import SingleEngine
 from loqt_ds.method.conversion import convert, loqt_layers
 from loqt_ds.optim import freeze_full_rank
+from loqt_ds.trainer import Trainer
 
 # Held-out answers are written backwards, so that what is learned soon makes them less likely: the best evaluation is
 # not the last.
@@ -131,6 +132,38 @@ def test_patience_ends_a_run_and_a_resumed_one(workshop: Workshop, examples: dic
     assert f"back to the best loss {evaluated[best]:.4f} at step {best}" in again.output, "found where it was kept"
     finetune(workshop, run, options, checkpoint__resume="auto", eval__patience=3).ok()
     assert max(losses(run)) == last + 2
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(
+    workshop: Workshop, examples: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between checkpoints, after better evaluations than the newest checkpoint knows: the one it goes on from
+    still finds its own best one, and does not wait for better than it will reach."""
+    (tmp_path / "test.jsonl").write_text(sums(6, 2))
+    options = examples | {"eval__every": 1, "eval__patience": 2, "checkpoint__every": 3, "train__epochs": 1.5}
+    options |= {"data__validation_path": tmp_path / "test.jsonl", "optim__lr": 0.002, "optim__lr_full_rank": 0.002}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finetune(workshop, whole, options).ok()
+    evaluated = {event["step"]: event["loss"] for event in events(whole, "eval")}
+    assert evaluated[3] > evaluated[4] > evaluated[5] and max(evaluated) > 5, "else nothing is shown"
+
+    def best(run: Path) -> set[str]:
+        return {path.name for path in (run / "best").glob("step_*")}
+
+    record = Trainer._record
+
+    def killed_at_6(self: Trainer, report: Any, *numbers: Any) -> None:
+        if report.step == 5:
+            raise OSError("killed")
+        record(self, report, *numbers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_record", killed_at_6)
+        assert finetune(workshop, killed, options).status != 0
+    assert best(killed) == {"step_3", "step_5"}
+    again = finetune(workshop, killed, options, checkpoint__resume="auto").ok()
+    assert {event["step"]: event["loss"] for event in events(killed, "eval")} == evaluated
+    assert best(killed) == best(whole) and len(best(whole)) == 1 and "looked for from here on" not in again.output
 
 
 @pytest.fixture(scope="module")
