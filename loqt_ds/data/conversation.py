@@ -8,6 +8,7 @@ around the messages, and the end-of-text that it writes after an assistant's mes
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +20,12 @@ ROLES = ("system", "user", "assistant")
 
 
 class Stretch(NamedTuple):
-    """A part of an example's text. is_response: to be learned."""
+    """A part of an example's text. is_response: to be learned. has_end: a chat template has written an end-of-text
+    after what the row says."""
 
     text: str
     is_response: bool
+    has_end: bool = False
 
 
 class Example(NamedTuple):
@@ -127,9 +130,37 @@ class Reader:
                         "that what is learned is not what the model will see; give data.chat_template one that does "
                         "not, or conversations of one question and one answer"
                     )
-                stretches.append(Stretch(text[len(written) :], is_response))
+                self._check_special(text, messages, where)
+                new, end = text[len(written) :], self._end_of_text
+                # A message that spells it has not ended there.
+                has_end = is_response and new.count(end) > message["content"].count(end)
+                stretches.append(Stretch(new, is_response, has_end))
                 written = text
         return Example(tuple(stretches), answers[-1], where)
+
+    @cached_property
+    def _end_of_text(self) -> str:
+        return str(self._tokenizer.hf.convert_ids_to_tokens(self._tokenizer.eot_id))
+
+    @cached_property
+    def _not_special(self) -> list[str]:
+        """Special tokens that the tokenizer reads as plain text where they are written out."""
+        hf = self._tokenizer.hf
+        return [
+            text
+            for text, index in zip(hf.all_special_tokens, hf.all_special_ids, strict=True)
+            if self._tokenizer.encode(text) != [index]
+        ]
+
+    def _check_special(self, text: str, messages: list[dict[str, str]], where: str) -> None:
+        """Raises DataError if the chat template has written a special token that would become pieces of text."""
+        for token in self._not_special:
+            if text.count(token) > sum(message["content"].count(token) for message in messages):
+                raise DataError(
+                    f"{where}: the chat template writes {token}, which data.tokenizer={self._tokenizer.name} reads as "
+                    "plain text and not as the special token; give the directory of the model's tokenizer "
+                    "(tokenizer.json, tokenizer_config.json) instead of its .model file"
+                )
 
     def _render(self, messages: list[dict[str, str]], where: str, *, opens_answer: bool) -> str:
         from jinja2 import TemplateError

@@ -206,11 +206,11 @@ class Encoder:
     def _row(self, example: Example, parts: list[list[int]]) -> tuple[Row, list[int]]:
         eot = self._tokenizer.eot_id
         parts[0] = [*self._beginning, *parts[0]]
-        if eot not in parts[-1]:  # a chat template may have written it
+        if not example.stretches[-1].has_end:
             parts[-1].append(eot)
         learned = []
         for part, stretch in zip(parts, example.stretches, strict=True):
-            end = len(part) - part[::-1].index(eot) if eot in part else len(part)
+            end = len(part) - part[::-1].index(eot) if stretch.has_end else len(part)
             learned.append([stretch.is_response and place < end for place in range(len(part))])
         # Nothing follows the last end: what a template writes behind it (a line break) goes.
         parts[-1] = parts[-1][: sum(learned[-1])]
@@ -263,6 +263,8 @@ def build_instruction(
         for (_, prompt), example in zip(encoded, held_out, strict=True)
     )
     _say(config, rows, held_out_rows, met, met_held_out, say)
+    if not reader.is_chat:
+        _say_beginning(tokenizer, say)
     _require(config, rows, held_out_rows, met, met_held_out, world_size)
     batch_of = partial(
         collate,
@@ -327,6 +329,16 @@ def _say(config: Any, rows: Examples, held_out: Examples, met: Counts, met_held_
             )
     if met.num_duplicates:
         say(f"{met.num_duplicates} training examples are held out, too, and are left out of training")
+
+
+def _say_beginning(tokenizer: Tokenizer, say: Say) -> None:
+    """A tokenizer may have a beginning-of-text and not use it, as that of a sentencepiece file, which does not say."""
+    hf = tokenizer.hf
+    if hf.bos_token_id not in (None, tokenizer.eot_id) and not beginning_of_text(tokenizer):
+        say(
+            f"data.tokenizer={tokenizer.name} puts no {hf.bos_token} before a prompt; if the model was trained with "
+            "one, give the directory of its tokenizer (tokenizer.json, tokenizer_config.json) or one that does"
+        )
 
 
 def _require(

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loqt_ds.config import Config, ConfigError, from_dict, validate
 from loqt_ds.data import DataBundle, DataError, build_data
-from loqt_ds.data.tokenizer import TransformersTokenizer
+from loqt_ds.data.tokenizer import SentencePieceTokenizer, TransformersTokenizer, train_sentencepiece
 from loqt_ds.evaluation import evaluate
 from loqt_ds.method import head
 from loqt_ds.settling import resolve_steps
@@ -180,6 +180,41 @@ def test_a_chat_template_writes_prompt_and_response(tmp_path: Path) -> None:
     question = bundle.questions[0]
     text = tokenizer().hf.decode(question.prompt)
     assert text.startswith("<s><|user|>") and text.endswith("\n<|assistant|>") and text.count("<s>") == 1
+
+
+def test_a_response_that_spells_the_end_of_text_is_whole(tmp_path: Path) -> None:
+    """Alone, and in a chat whose template writes an end, or none."""
+    answer, hf = "write </s> last", tokenizer().hf
+    spelled = hf(answer, add_special_tokens=False)["input_ids"]
+    assert spelled.count(hf.eos_token_id) == 1
+    write(tmp_path / "train.jsonl", [{"question": str(n), "answer": answer} for n in range(6)])
+    held_out = write(tmp_path / "test.jsonl", [{"question": "?", "answer": "!"}])
+    endless = CHAT.replace("{{ eos_token }}", "").replace("{{ '\n' }}{% else %}", "{% else %}")
+    for template in (None, CHAT, endless):
+        changes = {}
+        if template is not None:
+            (tmp_path / "chat.jinja").write_text(template, encoding="utf-8")
+            changes["data__chat_template"] = str(tmp_path / "chat.jinja")
+        bundle, _ = build(config(tmp_path / "train.jsonl", held_out, **changes))
+        batch = bundle.train.next_batch()
+        for index in range(3):
+            assert predicted(batch, index)[1] == [*spelled, hf.eos_token_id], template
+
+
+def test_special_tokens_that_a_sentencepiece_model_reads_as_text(tmp_path: Path) -> None:
+    """A chat template that writes them is refused, one that writes none is not; else a missing beginning is told."""
+    model = SentencePieceTokenizer(train_sentencepiece(["a plain text of words 0123456789\n" * 40], 300), "own.model")
+    write(tmp_path / "train.jsonl", rows(8))
+    file = tmp_path / "chat.jinja"
+    file.write_text(CHAT, encoding="utf-8")
+    made = config(tmp_path / "train.jsonl", data__chat_template=str(file), data__sequence_length=200)
+    with pytest.raises(DataError, match=r"the chat template writes <s>, which data.tokenizer=own.model reads as plain"):
+        build_data(made, model, say=print)
+    file.write_text(CHAT.replace("{{ bos_token }}", "").replace("{{ eos_token }}", ""), encoding="utf-8")
+    build_data(made, model, say=print)
+    said: list[str] = []
+    build_data(config(tmp_path / "train.jsonl", data__sequence_length=200), model, say=said.append)
+    assert any("data.tokenizer=own.model puts no <s> before a prompt" in line for line in said)
 
 
 def test_padding_and_masks_change_no_loss(tmp_path: Path) -> None:
