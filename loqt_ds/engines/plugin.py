@@ -24,6 +24,7 @@ from loqt_ds.config import Config, ConfigError
 from loqt_ds.engines.deepspeed import DEFAULT_TIMEOUT_SECONDS, LoQTEngine, start_distributed
 from loqt_ds.engines.ds_config import parameter_dtype, plugin_config, read_json
 from loqt_ds.method.conversion import checkpoint_files, convert, initializer, loqt_layers, materialize
+from loqt_ds.method.experts import unpacked_names
 from loqt_ds.ranks import Ranks
 
 _GROUP_OPTIONS = ("lr", "betas", "eps", "weight_decay")
@@ -224,6 +225,7 @@ def _groups(
 
     What a group does not state is `config.optim`'s; without `config`, it is left to the optimizer."""
     parameters = dict(model.named_parameters())
+    under_any_name = dict(model.named_parameters(remove_duplicate=False))
     layers = loqt_layers(model)
     of_factors_by_default: dict[str, Any] = {}
     others_by_default: dict[str, Any] = {}
@@ -235,12 +237,14 @@ def _groups(
     groups = []
     for names, options in named:
         of_factors, others = [], []
-        for name in names:
+        for name in unpacked_names(model, names):
             layer, _, short = name.rpartition(".")
             if layer in layers and short == "weight":
                 of_factors.append(parameters[f"{layer}.B"])
-            elif name in parameters:  # else tied to another, which is there
+            elif name in parameters:
                 others.append(parameters[name])
+            else:  # tied to another, which is there
+                assert name in under_any_name, f"{name} is to be trained and is not in the converted model"
         for params, default in ((of_factors, of_factors_by_default), (others, others_by_default)):
             if params:
                 groups.append({"params": params} | default | options)

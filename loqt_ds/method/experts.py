@@ -17,7 +17,7 @@ own conversion of the model type names.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,19 @@ def _linears(parameter: nn.Parameter) -> nn.ModuleList:
         linear.weight = nn.Parameter(weight, requires_grad=parameter.requires_grad)
         linears.append(linear)
     return linears
+
+
+def unpacked_names(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Names of parameters of a model as it was before `unpack`, each expert's in the place of what held them all."""
+    modules = dict(model.named_modules())
+    found = []
+    for name in names:
+        linears = modules.get(name)
+        if isinstance(linears, nn.ModuleList):
+            found += [f"{name}.{number}.weight" for number in range(len(linears))]
+        else:
+            found.append(name)
+    return found
 
 
 class _ExpertsForward:

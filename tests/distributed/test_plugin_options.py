@@ -139,6 +139,30 @@ def test_groups_keep_their_options_and_b_takes_the_place_of_its_weight() -> None
     assert options_of(engine)["up.B"] == (0.02, 0.1)
 
 
+@pytest.mark.parametrize("target", ["all-linear", r".*\.experts\..*\.1"])
+def test_batched_experts_are_trained_one_by_one(target: str) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    shape = dict(vocab_size=61, hidden_size=32, intermediate_size=40, num_attention_heads=4, num_key_value_heads=2)
+    model = MixtralForCausalLM(MixtralConfig(**shape, num_hidden_layers=1, num_local_experts=3, num_experts_per_tok=2))
+    groups = [
+        {"params": [p for name, p in model.named_parameters() if ".experts." in name], "lr": 0.02},
+        {"params": [p for name, p in model.named_parameters() if ".experts." not in name]},
+    ]
+    engine = start(model, model_parameters=groups, config=settings(loqt={"target_modules": target}))
+    found = options_of(engine)
+    assert found.keys() == {name for name, p in engine.module.named_parameters() if p.requires_grad}
+    experts = [name for name in found if ".experts." in name]
+    assert len(experts) == 6 and sum(name.endswith(".B") for name in experts) == (6 if target == "all-linear" else 2)
+    assert all((rate == 0.02) == (name in experts) for name, (rate, _) in found.items())
+    before = held(engine)
+    for step in range(2):
+        loss = engine(input_ids=batch(step), labels=batch(step)).loss
+        engine.backward(loss)
+        engine.step()
+    assert all(not torch.equal(before[name], tensor) for name, tensor in held(engine).items() if name in experts)
+
+
 def test_a_group_with_rate_zero_stays() -> None:
     model = Net()
     rest = [p for name, p in model.named_parameters() if not name.startswith("up")]
