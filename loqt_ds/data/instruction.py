@@ -5,8 +5,8 @@ predicted; the end-of-text after it is. Rows are padded at the right to the long
 and targets (b, s) int64, targets already shifted and -100 where nothing is predicted, and attention_mask (b, s) int64.
 
 Nothing is cut: an example longer than data.sequence_length is left out and counted, as is one without prompt or
-response, and a training example that is also held out. Held-out prompts are kept even where the response makes them too
-long, so that generated answers are scored over all of them (`Question`).
+response, and a training example whose prompt is also held out. Held-out prompts are kept even where the response makes
+them too long, so that generated answers are scored over all of them (`Question`).
 """
 
 from __future__ import annotations
@@ -175,8 +175,9 @@ def read_examples(config: Any, reader: Reader, say: Say) -> tuple[list[Example],
 
 
 def _digest(example: Example) -> bytes:
-    """Of prompt and response, so that equal examples fall on the same side."""
-    return content_digest(json.dumps([stretch.text for stretch in example.stretches]))
+    """Of the prompt, or of all that is given in a conversation: the solutions of one question fall on the same side, or
+    what is held out would be half known."""
+    return content_digest(json.dumps([stretch.text for stretch in example.stretches if not stretch.is_response]))
 
 
 # ---------------------------------------------------------------- tokens
@@ -328,7 +329,7 @@ def _say(config: Any, rows: Examples, held_out: Examples, met: Counts, met_held_
                 "keep them all"
             )
     if met.num_duplicates:
-        say(f"{met.num_duplicates} training examples are held out, too, and are left out of training")
+        say(f"{met.num_duplicates} training examples have a prompt that is held out, and are left out of training")
 
 
 def _say_beginning(tokenizer: Tokenizer, say: Say) -> None:

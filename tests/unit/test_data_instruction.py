@@ -18,6 +18,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loqt_ds.config import Config, ConfigError, from_dict, validate
 from loqt_ds.data import DataBundle, DataError, build_data
+from loqt_ds.data.conversation import Reader
+from loqt_ds.data.instruction import read_examples
 from loqt_ds.data.tokenizer import SentencePieceTokenizer, TransformersTokenizer, train_sentencepiece
 from loqt_ds.evaluation import evaluate
 from loqt_ds.method import head
@@ -182,6 +184,23 @@ def test_a_chat_template_writes_prompt_and_response(tmp_path: Path) -> None:
     assert text.startswith("<s><|user|>") and text.endswith("\n<|assistant|>") and text.count("<s>") == 1
 
 
+@pytest.mark.parametrize("own_file", [True, False])
+def test_all_solutions_of_a_question_are_on_one_side(tmp_path: Path, own_file: bool) -> None:
+    content = [{"question": f"question {n // 4}", "answer": f"way {n}"} for n in range(48)]
+    write(tmp_path / "train.jsonl", content)
+    held_out = write(tmp_path / "test.jsonl", [{"question": f"question {n}", "answer": "other"} for n in range(3)])
+    changes = {} if own_file else {"data__validation_fraction": 0.3}
+    made = config(tmp_path / "train.jsonl", held_out if own_file else None, **changes)
+    train, kept, met, _ = read_examples(made, Reader(made.data, tokenizer()), print)
+    sides = [{example.stretches[0].text for example in side} for side in (train, kept)]
+    assert (
+        not sides[0] & sides[1]
+        and len(sides[0] | sides[1]) == 12
+        and len(sides[1]) == (3 if own_file else len(kept) / 4)
+    )
+    assert met.num_duplicates == (12 if own_file else 0)
+
+
 def test_a_response_that_spells_the_end_of_text_is_whole(tmp_path: Path) -> None:
     """Alone, and in a chat whose template writes an end, or none."""
     answer, hf = "write </s> last", tokenizer().hf
@@ -264,7 +283,7 @@ def test_what_is_left_out_is_counted_and_told(tmp_path: Path) -> None:
         in text
     )
     assert "2 of 10 training rows have no prompt or no response" in text and "1 of 3 held-out rows" in text
-    assert "1 training examples are held out, too" in text
+    assert "1 training examples have a prompt that is held out" in text
     kept, _ = build(config(tmp_path / "train.jsonl.gz", tmp_path / "test.jsonl", data__sequence_length=longest))
     assert kept.summary["num_too_long"] == kept.summary["num_validation_too_long"] == 0
 
