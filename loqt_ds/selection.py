@@ -17,10 +17,15 @@ class Selection:
     Args:
         metric: "loss" or a score.
         patience: evaluations without a better value after which training may stop; None: never.
+        question: what else says which number an evaluation gives (how much is evaluated), as JSON types; values of
+            other questions are not compared.
     """
 
-    def __init__(self, metric: str = "loss", *, patience: int | None = None) -> None:
+    def __init__(
+        self, metric: str = "loss", *, patience: int | None = None, question: dict[str, Any] | None = None
+    ) -> None:
         self.metric, self._patience = metric, patience
+        self._question = question or {}
         self.best: Evaluation | None = None
         self.best_step: int | None = None
         self.num_since = 0
@@ -56,11 +61,26 @@ class Selection:
     def state_dict(self) -> dict[str, Any]:
         """JSON types."""
         best = None if self.best is None else asdict(self.best)
-        return {"metric": self.metric, "best": best, "best_step": self.best_step, "num_since": self.num_since}
+        return {
+            "metric": self.metric,
+            "question": self._question,
+            "best": best,
+            "best_step": self.best_step,
+            "num_since": self.num_since,
+        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state`; from nothing, where that followed another metric."""
-        if state["metric"] != self.metric:
-            return
+    def load_state_dict(self, state: dict[str, Any]) -> list[str]:
+        """Goes on from `state`; from nothing where that followed another metric, or another question. Returns in what
+        they differ, for people; empty where they do not."""
+        asked = {"metric": state["metric"]} | state.get("question", self._question)
+        now = {"metric": self.metric} | self._question
+        changed = [
+            f"eval.{name} was {asked.get(name)} and is {now.get(name)}"
+            for name in sorted(asked.keys() | now.keys())
+            if asked.get(name) != now.get(name)
+        ]
+        if changed:
+            return changed
         self.best = None if state["best"] is None else Evaluation(**state["best"])
         self.best_step, self.num_since = state["best_step"], int(state["num_since"])
+        return []

@@ -67,7 +67,8 @@ class Trainer:
         self._ranks = engine.ranks
         self._checkpoints, self._extra, self._directories = checkpoints, extra_metadata, directories
         self._best = checkpoints.parent / "best"
-        self._selection = Selection(config.eval.metric, patience=config.eval.patience)
+        asked = {name: getattr(config.eval, name) for name in ("max_tokens", "max_examples", "max_new_tokens")}
+        self._selection = Selection(config.eval.metric, patience=config.eval.patience, question=asked)
         self._batches = StepBatches(
             data.train, num_micro_batches=config.train.gradient_accumulation_steps, device=engine.device
         )
@@ -92,7 +93,8 @@ class Trainer:
         self._skipped_in_a_row = int(checkpoint.metadata["skipped_in_a_row"])
         self._last_checkpoint = checkpoint.path
         if (selection := checkpoint.metadata.get("selection")) is not None:
-            self._selection.load_state_dict(selection)
+            for change in self._selection.load_state_dict(selection):
+                self._logger.say(f"{change}: the best evaluation is looked for from here on")
             if self._config.checkpoint.best:
                 self._find_best()
             self._named_best = self._selection.best_step
@@ -268,9 +270,11 @@ class Trainer:
             found = None if path is None else load_checkpoint(path, verify=False)
             return None if found is None or found.step > self._engine.step_index else found.metadata["selection"]
 
-        state = self._ranks.on_main(look) or {"metric": selection.metric, "best": None, "best_step": None}
+        none = {"metric": selection.metric, "best": None, "best_step": None}
+        state = self._ranks.on_main(look) or none
         if state["best_step"] != selection.best_step:
-            selection.load_state_dict(state | {"num_since": selection.num_since})
+            for each in (none, state):  # the second has no effect where it is of another metric
+                selection.load_state_dict(each | {"num_since": selection.num_since})
             there = "" if selection.best is None else f" ({selection.describe_best()})"
             self._logger.say(f"{known} is not there: the best checkpoint is looked for from here on{there}")
 

@@ -48,10 +48,20 @@ def test_patience_and_other_metrics() -> None:
     selection = Selection("exact_match")
     assert all(not selection.is_over for e in evaluations(9) if selection.add(e, 1) or True)
     other = Selection("loss", patience=1)
-    other.load_state_dict(selection.state_dict())
+    assert other.load_state_dict(selection.state_dict()) == ["eval.metric was exact_match and is loss"]
     assert other.best is None and other.num_since == 0, "it followed something else"
     with pytest.raises(ValueError, match=r"eval.metric=f1 is no score of this task; there are: loss, exact_match"):
         Selection("f1").add(evaluations(1, 3)[0], 1)
+
+
+def test_values_of_other_questions_are_not_compared() -> None:
+    asked = Selection("loss", question={"max_tokens": 100, "max_examples": None})
+    asked.add(Evaluation(1.0, 100), 5)
+    state = json.loads(json.dumps(asked.state_dict()))
+    same, more = (Selection("loss", question={"max_tokens": n, "max_examples": None}) for n in (100, None))
+    assert same.load_state_dict(state) == [] and same.best_step == 5
+    assert more.load_state_dict(state) == ["eval.max_tokens was 100 and is None"]
+    assert more.best is None and more.num_since == 0 and more.add(Evaluation(2.0, 900), 6)
 
 
 def test_what_is_reached_without_seeing_an_input_is_named_by_task() -> None:
