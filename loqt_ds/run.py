@@ -353,7 +353,9 @@ def configure_model(config: Config, tokenizer: Tokenizer) -> Any:
     if config.model.path is None:
         model_config.eos_token_id = tokenizer.eot_id
         model_config.bos_token_id = None
-    if config.model.path is None or getattr(model_config, "pad_token_id", None) is None:
+    # Decoders classify by the last token that is no padding, and take another one than the batches' for text.
+    has_classifier = config.model.task in ("classification", "regression")
+    if config.model.path is None or has_classifier or getattr(model_config, "pad_token_id", None) is None:
         model_config.pad_token_id = tokenizer.pad_id
     return model_config
 

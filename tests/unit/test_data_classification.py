@@ -12,7 +12,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from loqt_ds.config import ConfigError, load_config
 from loqt_ds.data.build import DataBundle, build_data
@@ -20,6 +20,7 @@ from loqt_ds.data.classification import blind_loss
 from loqt_ds.data.errors import DataError
 from loqt_ds.data.glue import TASKS
 from loqt_ds.data.tokenizer import TransformersTokenizer
+from loqt_ds.run import configure_model
 
 WORDS = ["a", "man", "is", "playing", "the", "flute", "guitar", "two", "dogs", "run", "in", "park", "someone", "reads"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -134,6 +135,29 @@ def test_long_pairs_lose_the_end_of_the_longer_text_and_are_counted(folder: Path
     assert bundle.summary["num_truncated_tokens"] == lost > 0
     assert bundle.summary["num_truncated_rows"] == 6
     assert any(f"{lost} of" in line and "data.sequence_length=16" in line for line in said)
+
+
+def test_padding_changes_no_decoders_class(folder: Path) -> None:
+    """Its description knows another padding than the tokenizer."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    (folder / "llama").mkdir()
+    described = {"model_type": "llama", "vocab_size": 19, "pad_token_id": 7, "initializer_range": 1.0}
+    (folder / "llama" / "config.json").write_text(json.dumps(shape | described))
+    write_tsv(folder / "train.tsv", "text\tlabel", [(sentence(n, 2 + 3 * n), n % 2) for n in range(4)])
+    write_tsv(folder / "dev.tsv", "text\tlabel", [("two dogs", 0)])
+    paths = f"data.path={folder / 'train.tsv'}", f"data.validation_path={folder / 'dev.tsv'}"
+    overrides = [*paths, "model.shape=null", f"model.path={folder / 'llama'}"]
+    batch = built(folder, *overrides).train.next_batch()
+    config = load_config(None, options(folder, *overrides))
+    description = configure_model(config, TransformersTokenizer(word_tokenizer(), "words"))
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(description).eval()
+    names = ("input_ids", "attention_mask")
+    with torch.no_grad():
+        together = model(**{name: batch[name] for name in names}).logits
+        for index, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+            alone = model(**{name: batch[name][index : index + 1, :length] for name in names}).logits[0]
+            torch.testing.assert_close(together[index], alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
