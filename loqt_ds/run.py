@@ -357,7 +357,27 @@ def configure_model(config: Config, tokenizer: Tokenizer) -> Any:
     has_classifier = config.model.task in ("classification", "regression")
     if config.model.path is None or has_classifier or getattr(model_config, "pad_token_id", None) is None:
         model_config.pad_token_id = tokenizer.pad_id
+    _check_positions(config, model_config)
     return model_config
+
+
+def _check_positions(config: Config, model_config: Any) -> None:
+    """Raises ConfigError where a row has more tokens than the model has positions left: RoBERTa's kind counts them from
+    the padding token's number on."""
+    length, longest = config.data.sequence_length, getattr(model_config, "max_position_embeddings", None)
+    if longest is None or model_config.pad_token_id is None or length + model_config.pad_token_id < longest:
+        return
+    model = build_empty(model_config, attention=config.model.attention, task=config.model.task)
+    for name, module in model.named_modules():
+        if not name.endswith("position_embeddings") or getattr(module, "padding_idx", None) is None:
+            continue
+        room = int(module.num_embeddings) - int(module.padding_idx) - 1  # type: ignore[arg-type]
+        if length > room:
+            raise ConfigError(
+                f"data.sequence_length={length} is more than the {room} positions that {name} has left: it has "
+                f"{module.num_embeddings}, and the model counts from its padding token's {module.padding_idx} on; use "
+                f"at most {room}"
+            )
 
 
 # ---------------------------------------------------------------- memory

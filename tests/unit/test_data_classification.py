@@ -137,6 +137,26 @@ def test_long_pairs_lose_the_end_of_the_longer_text_and_are_counted(folder: Path
     assert any(f"{lost} of" in line and "data.sequence_length=16" in line for line in said)
 
 
+def test_positions_that_are_counted_from_the_padding_token_are_fewer(folder: Path) -> None:
+    shape = json.loads((folder / "bert.json").read_text()) | {"max_position_embeddings": 18}
+    hf = word_tokenizer()
+    hf.pad_token = "[SEP]"  # 3
+    for model_type, longest in (("roberta", 14), ("bert", 18)):
+        (folder / "bert.json").write_text(json.dumps(shape | {"model_type": model_type}))
+
+        def described(length: int) -> Any:
+            config = load_config(None, options(folder, "data.path=rows.tsv", f"data.sequence_length={length}"))
+            return configure_model(config, TransformersTokenizer(hf, "words"))
+
+        description = described(longest)
+        model = AutoModelForSequenceClassification.from_config(description)
+        model(input_ids=torch.ones(1, longest, dtype=torch.int64))
+        with pytest.raises((ConfigError, IndexError, RuntimeError, ValueError)):
+            model(input_ids=torch.ones(1, longest + 1, dtype=torch.int64))
+        with pytest.raises(ConfigError, match=f"data.sequence_length={longest + 1} is more than .*at most {longest}"):
+            described(longest + 1)
+
+
 def test_padding_changes_no_decoders_class(folder: Path) -> None:
     """Its description knows another padding than the tokenizer."""
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
