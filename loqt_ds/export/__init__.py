@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from loqt_ds.export.loading import load_export
 from loqt_ds.export.report import ExportError, ExportReport, LayerReport
-from loqt_ds.export.run import FORMATS, check_export, export_checkpoint, export_model
+from loqt_ds.export.run import FORMATS, check_export, check_shared_base, export_checkpoint, export_model
 
 __all__ = [
     "FORMATS",
@@ -29,6 +29,7 @@ __all__ = [
     "ExportReport",
     "LayerReport",
     "check_export",
+    "check_shared_base",
     "export_checkpoint",
     "export_model",
     "load_export",

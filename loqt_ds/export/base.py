@@ -124,12 +124,11 @@ def _compare_base(base_dir: Path, expected: Expected, model: nn.Module) -> Conte
     unknown = [name for name in stored.names if name not in called and not name.startswith(adapted)]
     if unknown:
         raise ExportError(f"--base={base_dir} is a base of another model: it has {unknown[0]}, which this one lacks")
-    dtype = expected.weight_format.dtype
     others = {}
     for file_name, name in called.items():
         tensor = expected.dense[name]
         theirs = stored.get(file_name) if file_name in weights.weight_map else None
-        own = tensor.detach().cpu().to(dtype if tensor.is_floating_point() else tensor.dtype)
+        own = tensor.detach().cpu().to(expected.dtype_of(name))
         if theirs is None or not torch.equal(own, theirs):
             others[name] = own
     biases = {}
@@ -152,7 +151,6 @@ def _with_modules(
     tied = next((name for name, module in names.items() if head is not None and module is head), None)
     tied_weight = getattr(head, "weight", None)
     tensors: dict[str, Tensor] = {}
-    dtype = expected.weight_format.dtype
     for module in sorted(modules):
         inside = next((name for name in expected.layers if name.startswith(f"{module}.") or not module), None)
         if inside is not None:
@@ -161,7 +159,7 @@ def _with_modules(
                 "hold them. Leave --base out, or train with optim.train_full_rank=false"
             )
         own = {name: t for name, t in expected.dense.items() if name.startswith(f"{module}.")}
-        tensors |= {name: t.detach().to(dtype if t.is_floating_point() else t.dtype) for name, t in own.items()}
+        tensors |= {name: t.detach().to(expected.dtype_of(name)) for name, t in own.items()}
     if tied is not None and f"{tied}.weight" not in expected.dense:
         # PEFT copies the embedding that the task has trained: the head has to follow it by itself.
         source = next((n for n in tensors if getattr(names[n.rpartition(".")[0]], "weight", 0) is tied_weight), None)

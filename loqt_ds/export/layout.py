@@ -3,11 +3,13 @@
 Two kinds are different: the transposed Conv1D of GPT-2, whose dense weight is (in, out) in files, while 4-bit codes are
 those of (out, in) for every module (transformers turns a Conv1D into a Linear4bit); and experts, which are one
 parameter of all experts in the model and, by the model's type, that or several tensors each in files. transformers
-loads no experts in 4 bits, and no module that a model keeps in float32 (`wo` of T5): these are written dense.
+loads no experts in 4 bits, and no module that a model keeps in float32 (`wo` of T5): these are written dense. Tensors
+that it holds in float32 whatever the model's dtype (biases by which experts are chosen) are written so.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,9 +18,13 @@ from torch import Tensor
 
 from loqt_ds.export.pack import WeightFormat
 from loqt_ds.method import experts
+from loqt_ds.method.conversion import empty_of
 from loqt_ds.method.linear import LoQTLinear
 
 Get = Callable[[str], Tensor]
+
+KEPT_IN_FLOAT32 = "_keep_in_fp32_modules_strict"
+"""Where a model of transformers lists patterns of names that are float32 in a bf16 model too."""
 
 
 class Layout:
@@ -27,9 +33,24 @@ class Layout:
     def __init__(self, model: Any, model_config: Any) -> None:
         self._style = None if model_config is None else experts.written_style(model_config)
         self._kept_dense = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+        self._in_float32 = [re.compile(p.replace("*", ".*")) for p in getattr(model, KEPT_IN_FLOAT32, None) or ()]
+        self._made_in_float32: set[str] = set()
+        if model_config is not None:
+            made = empty_of(type(model), model_config, dtype=torch.bfloat16).state_dict()
+            self._made_in_float32 = {name for name, tensor in made.items() if tensor.dtype == torch.float32}
+
+    def dtype_of(self, name: str, tensor: Tensor, weight_format: WeightFormat) -> torch.dtype:
+        """What a tensor that is not an adapted matrix is written in: transformers would cast it to that."""
+        if not tensor.is_floating_point():
+            return tensor.dtype
+        if name in self._made_in_float32 or any(pattern.search(name) for pattern in self._in_float32):
+            return torch.float32
+        return weight_format.dtype
 
     def format_of(self, name: str, weight_format: WeightFormat) -> WeightFormat:
         """How a matrix is written: dense where transformers has no 4-bit module in its place."""
+        if weight_format.quant_type is None and any(pattern.search(f"{name}.weight") for pattern in self._in_float32):
+            return WeightFormat(None, dtype=torch.float32)
         is_dense = experts.is_expert(name) or not self._kept_dense.isdisjoint(name.split("."))
         return WeightFormat(None, dtype=weight_format.dtype) if is_dense else weight_format
 

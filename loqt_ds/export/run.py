@@ -284,6 +284,18 @@ def check_export(config: Config, model: nn.Module, model_config: Any) -> None:
             raise ExportError(f"export.format=gguf holds language models, not model.task={config.model.task}; use bf16")
 
 
+def check_shared_base(config: Config, model: nn.Module, model_config: Any) -> None:
+    """Raises ExportError where `export.base` is not the base of a model whose training is to begin: its weights, which
+    training leaves as they are, are compared before the hours and not after them."""
+    if config.export.format != "adapter" or config.export.base is None:
+        return
+    expected, _ = _expected(model, model_config, "adapter", False, {})
+    try:
+        contents_of(model, adapter.base_of(expected), Path(config.export.base))
+    except ExportError as error:
+        raise ExportError(f"export.base={config.export.base}: {error}") from error
+
+
 def check_options(
     format: str,
     double_quant: bool,
@@ -430,19 +442,16 @@ def _units(expected: Expected, reports: list[LayerReport]) -> list[writer.Unit]:
     """What to write, in the order of the model; making a layer's appends to `reports`."""
 
     def dense_unit(name: str, tensor: Tensor) -> writer.Unit:
-        return writer.Unit(num_bytes(tensor), lambda: {layout.dense_name(name): tensor.to(dtype_of(tensor))})
+        return writer.Unit(num_bytes(name), lambda: {layout.dense_name(name): tensor.to(expected.dtype_of(name))})
 
-    def dtype_of(tensor: Tensor) -> torch.dtype:
-        return expected.weight_format.dtype if tensor.is_floating_point() else tensor.dtype
-
-    def num_bytes(tensor: Tensor) -> int:
-        return tensor.numel() * dtype_of(tensor).itemsize
+    def num_bytes(name: str) -> int:
+        return expected.dense[name].numel() * expected.dtype_of(name).itemsize
 
     def pack(name: str) -> tuple[LoQTLinear | None, dict[str, Tensor]]:
         layer = expected.layers.get(name)
         if layer is None:
             weight = expected.dense[f"{name}.weight"]
-            return None, {"weight": weight.to("cpu", dtype_of(weight))}
+            return None, {"weight": weight.to("cpu", expected.dtype_of(f"{name}.weight"))}
         tensors, report = pack_layer(name, layer, expected.factors.get(name), expected.format_of(name))
         reports.append(report)
         expected.merge_errors[name] = report.merge_error
@@ -452,7 +461,7 @@ def _units(expected: Expected, reports: list[LayerReport]) -> list[writer.Unit]:
         size = sum(
             packed_num_bytes(expected.layers[name].weight_shape, expected.format_of(name))
             if name in expected.layers
-            else num_bytes(expected.dense[f"{name}.weight"])
+            else num_bytes(f"{name}.weight")
             for name in names
         )
         return writer.Unit(size, lambda: layout.to_files({name: pack(name) for name in names}))

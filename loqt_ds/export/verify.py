@@ -62,6 +62,10 @@ class Expected:
         """How a layer is written."""
         return self.layout.format_of(name, self.weight_format)
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What one of `dense` is written in."""
+        return self.layout.dtype_of(name, self.dense[name], self.weight_format)
+
 
 class _ReferenceLinear(nn.Module):
     """A linear whose weight is made each time it is used, so that no second copy of the model is held."""
@@ -346,7 +350,8 @@ class _Reference:
             setattr(model.get_submodule(parent), child, _ReferenceLinear(partial(self._weight, name), dtype))
         for name, tensor in expected.dense.items():
             parent, _, child = name.rpartition(".")
-            value = tensor.detach().to(self._device, dtype if tensor.is_floating_point() else tensor.dtype)
+            own = torch.float32 if merged and tensor.is_floating_point() else expected.dtype_of(name)
+            value = tensor.detach().to(self._device, own)
             module = model.get_submodule(parent)
             if child in module._buffers:
                 module._buffers[child] = value

@@ -178,10 +178,10 @@ def build_empty(model_config: Any, *, attention: str = "sdpa", task: str = "caus
     return model.train()
 
 
-def empty_of(model_class: Any, model_config: Any) -> nn.Module:
+def empty_of(model_class: Any, model_config: Any, *, dtype: torch.dtype = torch.float32) -> nn.Module:
     """As `build_empty`, of a class of transformers, with the attention that it takes by itself."""
     with init_empty_weights(include_buffers=False):
-        model: nn.Module = model_class._from_config(model_config, dtype=torch.float32)
+        model: nn.Module = model_class._from_config(model_config, dtype=dtype)
     tie_weights(model)
     return model
 

@@ -331,6 +331,16 @@ def test_the_table_counts_gpt2(monkeypatch: pytest.MonkeyPatch):
 
 # ---------------------------------------------------------------- experts
 
+BIASES = ("e_score_correction_bias", "expert_bias")
+
+
+def biased_experts(kind: str) -> Any:
+    """The configuration of a model whose experts are chosen with the help of a persistent buffer."""
+    small = GQA | dict(num_experts_per_tok=2, moe_intermediate_size=24)
+    if kind == "Lfm2Moe":
+        return tf.Lfm2MoeConfig(**small, num_experts=4, num_dense_layers=1, layer_types=["full_attention"] * 2)
+    return tf.Glm4MoeConfig(**small, n_routed_experts=4, first_k_dense_replace=1, head_dim=8, n_group=1, topk_group=1)
+
 
 def test_experts_without_a_token_keep_their_subspace_and_are_counted():
     model = make("mixtral").train()
@@ -372,6 +382,18 @@ def test_an_expert_without_a_token_has_a_gradient_of_zero_and_is_not_tapped():
     assert 0 < len(called) < len(layers)
     for name, layer in layers.items():
         assert layer.B.grad is not None and (name in called or not layer.B.grad.any()), name
+
+
+@pytest.mark.parametrize("kind, form", [("Glm4Moe", "bf16"), ("Lfm2Moe", "nf4")])
+def test_what_transformers_keeps_in_float32_is_written_so(kind: str, form: str, tmp_path: Path):
+    """Biases by which experts are chosen: a list of names says so for GLM, the buffer's own dtype for LFM2."""
+    config = biased_experts(kind)
+    model, _ = build_model(config, LoQTConfig(rank=4), initializer(0))
+    wanted = {n: t.normal_() for n, t in model.state_dict().items() if n.endswith(BIASES)}
+    export_model(model, model_config=config, tokenizer_dir=None, output_dir=tmp_path / "out", format=form, say=str)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert wanted and all(stored[n].dtype == torch.float32 and torch.equal(stored[n], t) for n, t in wanted.items())
+    assert stored["model.embed_tokens.weight"].dtype == torch.bfloat16
 
 
 def test_experts_that_are_not_asked_for_stay_as_they_are():
