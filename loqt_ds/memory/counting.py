@@ -273,12 +273,15 @@ def plan(
     packed = {id(buffer) for layer in layers for buffer in layer.buffers()}
     changed = facts.lean if config.train.lean_activations else frozenset()
     activations, tapped, block = activation_bytes(config, model, description, dtype, lean=changed)
-    gathered = [gathered_bytes(layer, config) for layer in layers]
+    world_size = 1 if zero is None else zero.world_size
+    gathered = [gathered_bytes(layer, config, world_size) for layer in layers]
     # The gradients of a compiled block come all at once.
     blocks = list(compiled.blocks(model).values()) if config.train.compile else []
-    gathered_at_once = [sum(gathered_bytes(layer, config) for layer in loqt_layers(b).values()) for b in blocks]
+    gathered_at_once = [
+        sum(gathered_bytes(layer, config, world_size) for layer in loqt_layers(b).values()) for b in blocks
+    ]
     new_at_once = [[p for p in b.parameters() if p.requires_grad] for b in blocks]
-    one_process = zero is None or zero.world_size == 1
+    one_process = world_size == 1
     # One process finds the P of a layer inside the layer's own backward.
     one_at_a_time = steps == 1 and one_process
     updates_at_once = config.optim.layerwise and steps == 1
@@ -307,7 +310,7 @@ def plan(
         "block_workspace": block_workspace_bytes(config, description, dtype),
         "update_workspace": update_bytes(trained, config),
         "reinit_gathered": max(gathered + gathered_at_once) if one_at_a_time else sum(gathered),
-        "reinit_decompose": max(decompose_bytes(layer, config) for layer in layers),
+        "reinit_decompose": max(decompose_bytes(layer, config, world_size) for layer in layers),
         "reinit_pending": projections_p if one_process and not updates_at_once else 0,
         "reinit_rebuild": max(rebuild_bytes(layer, config) for layer in layers),
         "answers": answer_bytes(config, description, dtype) if config.eval.metric == "exact_match" else 0,

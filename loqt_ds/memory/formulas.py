@@ -257,16 +257,16 @@ def update_bytes(parameters: Sequence[nn.Parameter], config: Config) -> int:
 # ---------------------------------------------------------------- re-initialization
 
 
-def gathered_bytes(layer: LoQTLinear, config: Config) -> int:
+def gathered_bytes(layer: LoQTLinear, config: Config, world_size: int) -> int:
     """One layer's gradient in float32; or its sketch with the columns it is taken with, in the activations' dtype."""
     k, length = layer.basis_shape[0], layer.factor_length
-    if subspace_method(layer, config.loqt.subspace) == "sketch":
+    if subspace_method(layer, config.loqt.subspace, world_size) == "sketch":
         columns = sketch_columns(layer, config.loqt.sketch_oversampling) + NUM_PROBES
         return training_dtype(config).itemsize * (k + length) * columns
     return 4 * k * length
 
 
-def decompose_bytes(layer: LoQTLinear, config: Config) -> int:
+def decompose_bytes(layer: LoQTLinear, config: Config, world_size: int) -> int:
     """Temporaries of gathering for one layer or of finding its P, in float32.
 
     For gram the (k, k) matrix, its eigenvectors and workspace in float64; for subspace iteration columns of both sides,
@@ -275,7 +275,7 @@ def decompose_bytes(layer: LoQTLinear, config: Config) -> int:
     all but the sketch, copies in float32 of what the gradient is the product of.
     """
     (k, rank), length = layer.basis_shape, layer.factor_length
-    method = subspace_method(layer, config.loqt.subspace)
+    method = subspace_method(layer, config.loqt.subspace, world_size)
     tokens = config.train.micro_batch_size * config.data.sequence_length
     copies = 4 * tokens * (k + length) if training_dtype(config) != torch.float32 else 0
     if method == "sketch":

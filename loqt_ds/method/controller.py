@@ -70,13 +70,15 @@ def sketch_columns(layer: LoQTLinear, oversampling: int) -> int:
     return min(*layer.weight_shape, layer.rank + oversampling)
 
 
-def subspace_method(layer: LoQTLinear, subspace: str) -> str:
-    """How the P of a layer is found: `loqt.subspace`, with auto decided by the layer's smaller side and rank."""
+def subspace_method(layer: LoQTLinear, subspace: str, world_size: int = 1) -> str:
+    """How the P of a layer is found, by that many ranks: `loqt.subspace`, with auto decided by the layer's smaller side
+    and rank, and for experts by the ranks: these have tokens for different experts, and a sketch is agreed upon where
+    it is taken."""
     if subspace != "auto":
         return subspace
     smaller = layer.basis_shape[0]
     if smaller > AUTO_WHOLE_LIMIT:
-        return "sketch"
+        return "iterated" if layer.is_conditional and world_size > 1 else "sketch"
     is_small = smaller <= AUTO_GRAM_LIMIT or layer.rank > AUTO_ITERATED_SHARE * smaller
     return "gram" if is_small else "iterated"
 
@@ -190,10 +192,7 @@ class Controller:
 
     def method(self, layer: LoQTLinear) -> str:
         """exact, gram, iterated or sketch, for this layer."""
-        method = subspace_method(layer, self.options.subspace)
-        if method == "sketch" and layer.is_conditional and self.ranks.world_size > 1:
-            return "iterated"  # ranks have tokens for different experts; a sketch is agreed upon where it is taken
-        return method
+        return subspace_method(layer, self.options.subspace, self.ranks.world_size)
 
     def begin_step(self, step: int) -> None:
         """Starts step `step` (0-based). Taps every layer if the schedule, or a skipped step before, asks for it."""

@@ -226,6 +226,20 @@ def test_ranks_divide_what_zero_divides(shape: str, dtype: str, master: str, per
     assert zero_of(file, 4) == Zero(2, 4, 1000)
 
 
+def test_of_experts_several_ranks_gather_whole_gradients(tmp_path: Path) -> None:
+    content = {"model_type": "mixtral", "vocab_size": 331, "hidden_size": 520, "intermediate_size": 600}
+    content |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 3}
+    file = tmp_path / "experts.json"
+    file.write_text(json.dumps(content))
+    config = configured(str(file), "train.gradient_accumulation_steps=2")
+    columns = 20 + config.loqt.sketch_oversampling + 8
+    attention = 4 * 4 * (520 + 520) * columns
+    sketches = 3 * 4 * ((520 + 1200) + (520 + 600)) * columns
+    assert plan(config).entries["reinit_gathered"] == attention + sketches
+    gathered = {ranks: plan(config, zero=Zero(2, ranks, 1000)).entries["reinit_gathered"] for ranks in (1, 2)}
+    assert gathered == {1: attention + sketches, 2: attention + 3 * 4 * 520 * (1200 + 600)}
+
+
 def test_a_partition_keeps_whole_gradients_of_what_it_touches() -> None:
     """By hand: vectors of 10 elements in 2 and 3 partitions."""
     assert _touched([4, 4, 2], 2) == 8  # 0-4 touches the first two, 5-9 the last two
