@@ -459,6 +459,8 @@ def describe_reinit(summary: dict[str, Any]) -> str:
     ]
     if summary["num_kept"]:
         parts.append(f"{summary['num_kept']} layers kept their P")
+    if summary["num_started_at_random"]:
+        parts.append(f"{summary['num_started_at_random']} layers without a gradient start from a random P")
     if summary["num_from_previous"] or summary["num_random"]:
         parts.append(
             f"{summary['num_from_previous']} columns of P from the old one, {summary['num_random']} random, "

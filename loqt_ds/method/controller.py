@@ -381,7 +381,7 @@ class Controller:
                     report.captured_energy = float(basis.values[: gathered.num_tokens].square().sum()) / size
         if full is None and first:
             # A layer without any P would learn nothing until the next time: it starts from a random basis.
-            report.method, report.kept = f"random ({report.kept})", None
+            report.method, report.kept, report.started_at_random = f"random ({report.kept})", None, True
             nothing = torch.zeros(layer.basis_shape[0], 0, dtype=torch.float32, device=layer.B.device)
             full = complete_basis(nothing, layer.rank, previous=None, seed=seed)
         if full is not None:

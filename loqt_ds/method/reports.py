@@ -17,6 +17,7 @@ class LayerReport:
     name: str
     kept: str | None = None  # why the layer kept its P, if it did
     method: str = ""
+    started_at_random: bool = False  # for want of a gradient, where there was no P to keep
     captured_energy: float = math.nan
     error_before: float = math.nan  # ‖W − quantized W‖/‖W‖
     error_after: float = math.nan  # ‖W − W_eff‖/‖W‖
@@ -43,6 +44,7 @@ class ReinitReport:
         return {
             "num_layers": len(changed),
             "num_kept": len(self.layers) - len(changed),
+            "num_started_at_random": sum(layer.started_at_random for layer in changed),
             "captured_energy": mean([layer.captured_energy for layer in changed]),
             "error_before": mean([layer.error_before for layer in changed]),
             "error_after": mean([layer.error_after for layer in changed]),

@@ -20,6 +20,7 @@ from loqt_ds.method.controller import Controller, ReinitReport, assign_owners
 from loqt_ds.method.conversion import convert, loqt_layers
 from loqt_ds.method.linear import LoQTLinear
 from loqt_ds.ranks import ALONE, Ranks
+from loqt_ds.trainer import describe_reinit
 
 RANK = 6
 
@@ -502,8 +503,11 @@ def test_a_first_useless_gradient_starts_from_a_random_basis(value):
     f.controller.begin_step(0)
     poison(f, "2", value)
     f.loss(f.inputs(0)).backward()
-    report = {r.name: r for r in f.controller.end_step(True).layers}
+    whole = f.controller.end_step(True)
+    report = {r.name: r for r in whole.layers}
     assert report["2"].kept is None and report["2"].method.startswith("random") and report["2"].num_random == RANK
+    assert whole.summary()["num_started_at_random"] == 1 and whole.summary()["num_layers"] == 2
+    assert "1 layers without a gradient start from a random P" in describe_reinit(whole.summary())
     p = f.layers["2"].basis_hat()
     assert relative(p.T @ p, torch.eye(RANK)) < 1e-5
     assert report["0"].method == "exact" and report["0"].num_random == 0
