@@ -25,7 +25,7 @@ from loqt_ds.core.quantization import QuantSpec, quantize
 from loqt_ds.core.subspace import resolve_side
 from loqt_ds.method.experts import is_expert
 from loqt_ds.method.linear import LoQTLinear
-from loqt_ds.method.sources import WeightSource, checkpoint_files, initializer
+from loqt_ds.method.sources import WeightSource, checkpoint_files, initializer, persistent_buffers
 from loqt_ds.method.structure import (
     check_rank,
     is_transposed,
@@ -275,6 +275,8 @@ def materialize(
                 blank = torch.empty(parameter.shape, device=device, dtype=dtype)
                 shared[id(parameter)] = nn.Parameter(blank, requires_grad=parameter.requires_grad)
             module.register_parameter(short, shared[id(parameter)])
+        for short, buffer in persistent_buffers(module):
+            module._buffers[short] = buffer.to(device)
         return module
 
     def fill(made: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -288,7 +290,7 @@ def materialize(
         for short, tensor in tensors.items():
             getattr(made, short).copy_(tensor)
 
-    jobs = [(name, module) for name, module in model.named_modules() if own_parameters(module, tied)]
+    jobs = [(n, m) for n, m in model.named_modules() if own_parameters(m, tied) or persistent_buffers(m)]
     for start in range(0, len(jobs), ranks.world_size):
         batch = jobs[start : start + ranks.world_size]
         own = batch[ranks.rank] if ranks.rank < len(batch) else None
@@ -299,8 +301,11 @@ def materialize(
             fill(made[ranks.rank][1], tensors)
         del tensors  # before the next is there
         for owner, (name, module) in enumerate(made):
-            of_w = list(module.packed_w().values()) if isinstance(module, LoQTLinear) else []
-            for tensor in (*of_w, *(p.data for _, p in own_parameters(module, tied))):
+            if isinstance(module, LoQTLinear):
+                beside = list(module.packed_w().values())
+            else:
+                beside = [buffer for _, buffer in persistent_buffers(module)]
+            for tensor in (*beside, *(p.data for _, p in own_parameters(module, tied))):
                 ranks.broadcast(tensor, owner)
             if name in linears:
                 _replace(model, name, module)

@@ -29,10 +29,17 @@ class WeightSource(Protocol):
     """Where full-precision tensors come from, one at a time, as often as asked."""
 
     def module(self, name: str, module: nn.Module) -> dict[str, Tensor]:
-        """The module's own parameters by their short names, float32 or as stored, on the CPU."""
+        """The module's own parameters by their short names, float32 or as stored, on the CPU; of files also its
+        persistent buffers, which nobody draws."""
 
     def weight(self, name: str) -> Tensor:
         """The weight of the linear `name` in its original precision, as float32 (out, in), on the CPU."""
+
+
+def persistent_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """(short name, buffer) of those of a module's own buffers that belong to its state, and so to its files."""
+    kept = module._non_persistent_buffers_set
+    return [(short, buffer) for short, buffer in module.named_buffers(recurse=False) if short not in kept]
 
 
 class _Initializer:
@@ -73,6 +80,8 @@ class _Initializer:
     def module(self, name: str, module: nn.Module) -> dict[str, Tensor]:
         module = module if self._empty is None else self._empty.get_submodule(name)
         empties = dict(module.named_parameters(recurse=False))
+        if not empties:
+            return {}
         for short, empty in empties.items():
             # NaN, not zero: a parameter that the initializer forgets must not pass for an initialized one.
             blank = torch.full(empty.shape, float("nan"), dtype=torch.float32)
@@ -124,6 +133,10 @@ class _CheckpointFiles:
                 full = f"{name}.{short}" if name else short
                 shapes[full] = parameter.shape
                 same.setdefault(id(parameter), []).append(full)
+            for short, buffer in persistent_buffers(module):
+                full = f"{name}.{short}" if name else short
+                shapes[full] = buffer.shape
+                same[id(buffer)] = [full]
         self._transposed = {name for name, module in model.named_modules() if is_transposed(module)}
         self._renamed = _names_in_model(model, self._files)
         self._stored = self._find(same.values(), shapes, getattr(model, "base_model_prefix", ""))
@@ -208,8 +221,8 @@ class _CheckpointFiles:
             assert self._initializer is not None
             return self._initializer.module(name, module)
         prefix = f"{name}." if name else ""
-        names = [short for short, _ in module.named_parameters(recurse=False) if prefix + short in self._stored]
-        return {short: self._read(prefix + short) for short in names}
+        own = [*module.named_parameters(recurse=False), *persistent_buffers(module)]
+        return {short: self._read(prefix + short) for short, _ in own if prefix + short in self._stored}
 
     def weight(self, name: str) -> Tensor:
         weight = self._read(f"{name}.weight").float()

@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers as tf
 from helpers import VOCAB, effective_weight, make_config, relative
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from loqt_ds.config import ConfigError, LoQTConfig
@@ -30,6 +30,8 @@ from loqt_ds.method import compiled, head
 from loqt_ds.method.conversion import build_model, checkpoint_files, convert, initializer, loqt_layers
 from loqt_ds.method.description import model_description
 from loqt_ds.method.linear import LoQTLinear
+from loqt_ds.method.structure import wanted_experts
+from loqt_ds.run import check_model
 
 TEXT = dict(
     vocab_size=VOCAB,
@@ -396,6 +398,27 @@ def test_what_transformers_keeps_in_float32_is_written_so(kind: str, form: str, 
     assert stored["model.embed_tokens.weight"].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("kind", ["Glm4Moe", "Lfm2Moe"])
+def test_persistent_buffers_are_read(kind: str, tmp_path: Path):
+    torch.manual_seed(0)
+    dense = getattr(tf, f"{kind}ForCausalLM")._from_config(biased_experts(kind), dtype=torch.float32).eval()
+    wanted = {n: t.normal_() for n, t in dense.state_dict().items() if n.endswith(BIASES)}
+    dense.save_pretrained(tmp_path)
+    loqt = LoQTConfig(rank=4, quantize_w="none", quantize_p="none")
+    model, _ = build_model(dense.config, loqt, checkpoint_files(tmp_path))
+    found = model.state_dict()
+    assert wanted and all(torch.equal(found[n], t) for n, t in wanted.items())
+    inputs = {"input_ids": torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))}
+    assert relative(logits(model, inputs), logits(dense, inputs)) < 1e-6
+
+    name = next(iter(wanted))
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors.pop(name)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"has no tensor {name}"):
+        build_model(dense.config, loqt, checkpoint_files(tmp_path))
+
+
 def test_experts_that_are_not_asked_for_stay_as_they_are():
     model = make("mixtral")
     assert len(convert(model, LoQTConfig(rank=4, target_modules=["q_proj"]))) == 2
@@ -418,13 +441,25 @@ def test_some_matrices_of_experts_alone(pattern: Any, tmp_path: Path):
     assert relative(loaded.model.layers[1].mlp.experts.down_proj, wanted.down_proj) < 1e-2
 
 
-def test_what_experts_cannot_do_is_refused():
+def test_what_experts_cannot_do_is_refused(tmp_path: Path):
     from loqt_ds.method.controller import Controller
     from loqt_ds.ranks import Ranks
 
     two = Ranks()
     two.world_size = 2
     model = make("mixtral")
+    config = Config(
+        model=ModelConfig(shape=str(tmp_path / "config.json")),
+        loqt=LoQTConfig(rank=4, subspace="sketch"),
+        train=TrainConfig(dtype="fp32", device="cpu"),
+    )
+    model.config.save_pretrained(tmp_path)
+    check_model(config)
+    with pytest.raises(ValueError, match="with 2 ranks .* loqt.subspace=iterated"):
+        check_model(config, world_size=2)
+    for target in ("all-linear", ["q_proj"], ["q_proj", "down_proj"]):
+        found, twin = wanted_experts(model, target), copy.deepcopy(model)
+        assert found == [n for n in convert(twin, LoQTConfig(rank=4, target_modules=target)) if ".experts." in n]
     originals = convert(model, LoQTConfig(rank=4))
     with pytest.raises(ValueError, match="loqt.subspace=iterated"):
         Controller(
