@@ -374,10 +374,12 @@ def check_steps(config: Config) -> None:
         ("checkpoint.best=true", config.checkpoint.best),
         (f"eval.patience={evaluation.patience}", evaluation.patience is not None),
     ):
-        if is_on and evaluation.every == 0:
+        every, num_steps = evaluation.every, train.max_steps
+        if is_on and every != "epoch" and (every == 0 or (num_steps is not None and every >= num_steps)):
+            of_steps = "" if every == 0 else f" of train.max_steps={num_steps} steps"
             raise ConfigError(
-                f"{option} with eval.every=0: there is one evaluation, at the end, and nothing to choose from; set "
-                "eval.every"
+                f"{option} with eval.every={every}{of_steps}: there is one evaluation, at the end, and nothing to "
+                f"choose from; set eval.every{'' if every == 0 else f' below {num_steps}'}, or leave the option out"
             )
 
 
@@ -422,6 +424,9 @@ def _inactive_rules(config: Config) -> Iterator[tuple[bool, str, str, tuple[Any,
     yield held_out, "data.validation_fraction", "with data.validation_path or data.validation_split", ()
     yield data.tokenizer is not None, "data.tokenizer_vocab_size", f"with data.tokenizer={data.tokenizer}", ()
     yield config.eval.num_samples == 0, "eval.sample_tokens", "with eval.num_samples=0", ()
+    for name, off in (("num_samples", (0,)), ("sample_tokens", ())):
+        yield task != "causal_lm", f"eval.{name}", f"with model.task={task}, which continues no text", off
+    yield data.format == "classification", "data.num_processes", "with data.format=classification", ()
     yield from _inactive_example_rules(config)
 
 

@@ -134,7 +134,7 @@ def test_masked_language_modelling_to_an_export_and_goes_on_bit_for_bit(
 
 
 def finetuning(recipe: str, model: Path, data: Path, run: Path, *more: str) -> list[str]:
-    small = ["loqt.rank=8", "train.micro_batch_size=8", "train.device=cpu", "train.dtype=fp32", "data.num_processes=1"]
+    small = ["loqt.rank=8", "train.micro_batch_size=8", "train.device=cpu", "train.dtype=fp32"]
     small += ["data.sequence_length=32", "logging.tensorboard=false", f"output_dir={run}"]
     return ["--config", recipe, f"model.path={model}", f"data.path={data}", *small, *more]
 

@@ -254,6 +254,7 @@ def test_help_explains_every_option() -> None:
 
 # ---------------------------------------------------------------------------------------------------------- validation
 
+LABELS = ["data.format=classification", "data.path=rows.tsv", "data.tokenizer=x"]
 REFUSED: list[tuple[list[str], list[str]]] = [
     (["model.shape=null"], ["model.shape", "model.path"]),
     (["model.path=/tmp"], ["model.shape", "model.path", "exclude"]),
@@ -358,6 +359,11 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["data.tokenizer=t5-base", "data.tokenizer_vocab_size=512"], ["data.tokenizer_vocab_size=512", "no effect"]),
     (["data.validation_path=a", "data.validation_fraction=0.1"], ["data.validation_fraction=0.1", "no effect"]),
     (["eval.num_samples=0", "eval.sample_tokens=8"], ["eval.sample_tokens=8", "no effect"]),
+    (["model.task=masked_lm", "eval.num_samples=2"], ["eval.num_samples=2", "no effect", "masked_lm"]),
+    (["model.task=masked_lm", "eval.sample_tokens=8"], ["eval.sample_tokens=8", "no effect"]),
+    ([*LABELS, "model.task=regression", "data.num_processes=2"], ["data.num_processes=2", "no effect"]),
+    (["checkpoint.best=true", "train.max_steps=100"], ["checkpoint.best=true", "eval.every=100", "one evaluation"]),
+    (["eval.patience=2", "train.max_steps=50"], ["eval.patience=2", "eval.every=100", "below 50"]),
 ]
 
 
@@ -370,7 +376,6 @@ def test_refused(overrides: list[str], words: list[str]) -> None:
         assert word in str(caught.value)
 
 
-LABELS = ["data.format=classification", "data.path=rows.tsv", "data.tokenizer=x"]
 CLASSES = [*LABELS, "model.task=classification", "model.num_labels=2"]
 NUMBERS = [*LABELS, "model.task=regression"]
 
@@ -406,6 +411,8 @@ def test_a_score_of_another_task_is_refused(given: list[str], metrics: tuple[str
         ["optim.warmup_steps=10", "train.max_steps=10"],
         ["optim.warmup_steps=0"],
         ["eval.every=0", "checkpoint.keep=0", "eval.num_samples=0"],
+        ["model.task=masked_lm", "eval.num_samples=0"],
+        ["checkpoint.best=true", "eval.patience=2", "train.max_steps=101"],
         ["data.name=allenai/c4", "data.config_name=en", "data.streaming=true", "data.validation_split=validation"],
         ["data.sequence_length=1024"],
         ["train.device=cuda:3"],
