@@ -260,8 +260,9 @@ class EvalConfig:
     """Evaluation on held-out documents."""
 
     every: int | Literal["epoch"] = 100
-    """Steps between evaluations; epoch: after each pass over the training rows; 0: only at the end. Where training
-    starts from model.path, there is one before its first step, too."""
+    """Steps between evaluations; epoch: as many as one pass over the training rows takes, rounded up (steps go on from
+    one pass into the next, so that evaluations come up to a step later with every pass); 0: only at the end. Where
+    training starts from model.path, there is one before its first step, too."""
     metric: Literal["loss", "exact_match", "accuracy", "f1", "matthews", "pearson", "spearman", "glue"] = "loss"
     """What checkpoint.best and eval.patience go by: the loss; exact_match, the share of held-out prompts whose answer
     has the reference's final number, after #### as in GSM8K; or a score of the task, with data.format=classification.
