@@ -29,7 +29,7 @@ from loqt_ds.data.classification import class_names
 from loqt_ds.engines.base import Engine
 from loqt_ds.engines.single import SingleEngine
 from loqt_ds.evaluation import Evaluator
-from loqt_ds.export import check_export
+from loqt_ds.export import check_export, check_shared_base
 from loqt_ds.export.gguf_tokenizer import read_tokenizer
 from loqt_ds.failures import Voice
 from loqt_ds.memory import Asker, check_fits, device_bytes, needs_lean, zero_of
@@ -138,6 +138,8 @@ def prepare(
     say(f"run directory: {directory}")
     torch.manual_seed(config.train.seed)
     model, original = load_model(config, model_config, device, ranks, resumed=checkpoint is not None, say=say)
+    if checkpoint is None:  # else the model is empty yet
+        voice.on_main(lambda: check_shared_base(config, model, model_config))
     engine = build_engine(config, model, ds_options, original, ranks)
     if not ranks.is_main:
         torch.manual_seed(config.train.seed + ranks.rank)  # what a model drops out is another thing on each rank

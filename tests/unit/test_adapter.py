@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from loqt_ds.config import ConfigError, LoQTConfig, load_config
 from loqt_ds.core.quantization import quantize
-from loqt_ds.export import ExportError, adapter, check_export, export_checkpoint, load_export
+from loqt_ds.export import ExportError, adapter, check_export, check_shared_base, export_checkpoint, load_export
 from loqt_ds.export import run as run_module
 from loqt_ds.export.__main__ import main
 from loqt_ds.export.base import check_base
@@ -305,6 +305,22 @@ def test_experts_have_no_adapter(tmp_path: Path) -> None:
     inputs = {"input_ids": torch.arange(40).view(2, 20)}
     assert relative(outputs(load_export(tmp_path / "out"), inputs), outputs(without, inputs)) < 1e-5
     export(without, without.config, tmp_path / "two", format="adapter", base_dir=tmp_path / "out" / "base")
+
+
+def test_another_base_is_refused_before_training(tmp_path: Path) -> None:
+    config = llama()
+    model = trained(config)
+    export(model, config, tmp_path / "one", format="adapter")
+    options = ["export.format=adapter", f"export.base={tmp_path}/one/base", "loqt.schedule=never"]
+    off = ["loqt.compensation_steps=1", "loqt.interval=100", "loqt.growth=1.2", "loqt.max_gap=null"]
+    of_run = load_config("default", [*options, *off])
+    train_on(model, everything=True)
+    check_shared_base(of_run, model, config)
+    with torch.no_grad():
+        layer = loqt_layers(model)["model.layers.0.self_attn.q_proj"]
+        layer.set_w(quantize(torch.randn(layer.weight_shape), layer.spec_w))
+    with pytest.raises(ExportError, match=r"^export\.base=.*layers\.0\.self_attn\.q_proj holds other values"):
+        check_shared_base(of_run, model, config)
 
 
 def test_what_the_end_would_refuse_is_refused_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
