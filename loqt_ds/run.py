@@ -42,6 +42,7 @@ from loqt_ds.method.conversion import (
     checkpoint_files,
     initializer,
     materialize_zeros,
+    loqt_layers,
     task_head_parameters,
     unpack_experts,
 )
@@ -105,7 +106,7 @@ def prepare(
     voice = Voice() if voice is None else voice
     ranks = voice.ranks
     say = say if ranks.is_main else _silent
-    device, config, ds_options = ranks.attempt(lambda: _check_options(config, ds_config))
+    device, config, ds_options = ranks.attempt(lambda: _check_options(config, ds_config, ranks.world_size))
     _check_agreement(ranks, config, ds_options)
     chosen, path = voice.on_main(lambda: _choose(config, ds_options, ranks.world_size, say))
     checkpoint = ranks.attempt(lambda: _open_checkpoint(path))
@@ -178,7 +179,9 @@ def _silent(_: str) -> None:
 # ---------------------------------------------------------------- what the ranks settle first
 
 
-def _check_options(config: Config, ds_config: str | Path | None) -> tuple[torch.device, Config, dict[str, Any] | None]:
+def _check_options(
+    config: Config, ds_config: str | Path | None, world_size: int = 1
+) -> tuple[torch.device, Config, dict[str, Any] | None]:
     """The device, the resolved configuration, and the completed DeepSpeed configuration."""
     device = choose_device(config)
     config = resolve_config(config, device)
@@ -300,7 +303,7 @@ def resolve_config(config: Config, device: torch.device) -> Config:
 # ---------------------------------------------------------------- the model's shape
 
 
-def check_model(config: Config) -> None:
+def check_model(config: Config, world_size: int = 1) -> None:
     """Builds the converted model on the meta device: rank, patterns and architecture are checked without weights."""
     file, description = describe_model(config)
     if description.get("quantization_config"):
@@ -309,6 +312,7 @@ def check_model(config: Config) -> None:
     options = {"attention": config.model.attention, "task": config.model.task}
     model = build_meta(model_config, config.loqt, dtype=training_dtype(config), **options)
     if config.train.compile:
+    check_experts(config.loqt, (n for n, layer in loqt_layers(model).items() if layer.is_conditional), world_size)
         compiled.install(model)  # refuses models without blocks
     if config.model.path is not None:
         _source_of(config)(build_empty(model_config, **options))

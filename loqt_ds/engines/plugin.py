@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from loqt_ds.config import Config, ConfigError
 from loqt_ds.engines.deepspeed import DEFAULT_TIMEOUT_SECONDS, LoQTEngine, start_distributed
 from loqt_ds.engines.ds_config import parameter_dtype, plugin_config, read_json
+from loqt_ds.method.controller import check_experts
 from loqt_ds.method.conversion import checkpoint_files, convert, initializer, loqt_layers, materialize
 from loqt_ds.method.experts import unpacked_names
+from loqt_ds.method.structure import wanted_experts
 from loqt_ds.ranks import Ranks
 
 _GROUP_OPTIONS = ("lr", "betas", "eps", "weight_decay")
@@ -107,6 +109,7 @@ def initialize(
         for _, options in named:
             if "lr" in options and scheduled:
                 raise ConfigError(f"a group with lr={options['lr']} and loqt.max_steps: give one of them")
+        check_experts(ours.loqt, wanted_experts(model, ours.loqt.target_modules), ranks.world_size)
         return ours, ds_config, named
 
     ours, ds_config, named = ranks.attempt(check)  # what one rank refuses, none goes on with

@@ -24,7 +24,7 @@ G is there; for a sketch it is estimated from eight Gaussian probe columns Z tha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -118,6 +118,16 @@ def assign_owners(costs: dict[str, float], world_size: int) -> dict[str, int]:
     return owners
 
 
+def check_experts(options: LoQTConfig, experts: Iterable[str], world_size: int) -> None:
+    """Raises ValueError if that many ranks cannot find the P of `experts`, the names of those that are adapted."""
+    name = next(iter(experts), None)
+    if name is not None and options.subspace == "sketch" and world_size > 1:
+        raise ValueError(
+            f"loqt.subspace=sketch with {world_size} ranks needs every rank to have tokens for every layer, which "
+            f"experts ({name}) do not promise; use loqt.subspace=iterated, or auto, which takes that for experts"
+        )
+
+
 class Controller:
     """Owns the re-initializations of a model's layers.
 
@@ -142,7 +152,7 @@ class Controller:
         ranks: Ranks = ALONE,
     ) -> None:
         self.layers, self.options, self.store, self.ranks = layers, options, store, ranks
-        self._check_experts()
+        check_experts(options, (name for name, layer in layers.items() if layer.is_conditional), ranks.world_size)
         self.schedule = ReinitSchedule(options.schedule, options.interval, options.growth, options.max_gap)
         costs = {name: self._cost(layer) for name, layer in layers.items()}
         self.owners = assign_owners(costs, ranks.world_size)
@@ -153,15 +163,6 @@ class Controller:
         self._initialized: set[str] = set()
         self._overdue = False
         self._current: Step | None = None
-
-    def _check_experts(self) -> None:
-        name = next((name for name, layer in self.layers.items() if layer.is_conditional), None)
-        if name is not None and self.options.subspace == "sketch" and self.ranks.world_size > 1:
-            raise ValueError(
-                f"loqt.subspace=sketch with {self.ranks.world_size} ranks needs every rank to have tokens for every "
-                f"layer, which experts ({name}) do not promise; use loqt.subspace=iterated, or auto, which takes that "
-                "for experts"
-            )
 
     def _cost(self, layer: LoQTLinear) -> float:
         """Operations of a re-initialization, about: decomposition, merge, compensation."""

@@ -50,11 +50,27 @@ def unpack(model: nn.Module, is_wanted: Callable[[str], bool]) -> None:
     for name, module in list(model.named_modules()):
         shorts = batched_parameters(module)
         own = dict(module.named_parameters(recurse=False))
-        if any(is_wanted(f"{name}.{short}.{e}") for short in shorts for e in range(len(own[short]))):
+        if any(map(is_wanted, _names(name, module))):
             for short in shorts:
                 delattr(module, short)
                 setattr(module, short, _linears(own[short]).train(module.training))
             module.forward = _ExpertsForward(module)
+
+
+def batched_names(model: nn.Module) -> list[str]:
+    """What `unpack` would call the experts of a model that need a gradient."""
+    return [
+        each
+        for name, module in model.named_modules()
+        for each in _names(name, module)
+        if module.get_parameter(each.split(".")[-2]).requires_grad
+    ]
+
+
+def _names(name: str, module: nn.Module) -> list[str]:
+    """Of all experts of a module of that name."""
+    shorts = batched_parameters(module)
+    return [f"{name}.{short}.{number}" for short in shorts for number in range(len(module.get_parameter(short)))]
 
 
 def _linears(parameter: nn.Parameter) -> nn.ModuleList:

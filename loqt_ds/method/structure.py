@@ -44,13 +44,18 @@ def _has_suffix(name: str, suffix: str) -> bool:
 
 def unpack_experts(model: nn.Module, target_modules: str | list[str]) -> None:
     """Makes linears of batched experts that `target_modules` asks for (see `experts`); others stay as they are."""
+    experts.unpack(model, lambda name: _is_wanted(name, target_modules))
 
-    def is_wanted(name: str) -> bool:
-        if isinstance(target_modules, list):
-            return any(_has_suffix(name, suffix) for suffix in target_modules)
-        return target_modules == "all-linear" or _pattern(target_modules).fullmatch(name) is not None
 
-    experts.unpack(model, is_wanted)
+def wanted_experts(model: nn.Module, target_modules: str | list[str]) -> list[str]:
+    """Names of the batched experts that a conversion would adapt; nothing is changed."""
+    return [name for name in experts.batched_names(model) if _is_wanted(name, target_modules)]
+
+
+def _is_wanted(name: str, target_modules: str | list[str]) -> bool:
+    if isinstance(target_modules, list):
+        return any(_has_suffix(name, suffix) for suffix in target_modules)
+    return target_modules == "all-linear" or _pattern(target_modules).fullmatch(name) is not None
 
 
 def _pattern(target_modules: str) -> re.Pattern[str]:

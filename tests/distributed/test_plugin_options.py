@@ -29,8 +29,10 @@ from transformers import AutoModelForCausalLM
 import loqt_ds
 from loqt_ds.checkpoint import CheckpointError
 from loqt_ds.config import ConfigError
+from loqt_ds.engines import plugin
 from loqt_ds.engines.deepspeed import LoQTEngine, start_distributed
 from loqt_ds.method.conversion import initializer, loqt_layers
+from loqt_ds.ranks import Ranks
 
 
 @pytest.fixture(autouse=True)
@@ -161,6 +163,21 @@ def test_batched_experts_are_trained_one_by_one(target: str) -> None:
         engine.backward(loss)
         engine.step()
     assert all(not torch.equal(before[name], tensor) for name, tensor in held(engine).items() if name in experts)
+
+
+def test_sketches_of_experts_on_several_ranks_are_refused_before_anything_is_converted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    shape = dict(vocab_size=61, hidden_size=32, intermediate_size=40, num_attention_heads=4, num_key_value_heads=2)
+    model = MixtralForCausalLM(MixtralConfig(**shape, num_hidden_layers=1, num_local_experts=3, num_experts_per_tok=2))
+    two = Ranks()
+    two.world_size = 2
+    monkeypatch.setattr(plugin, "start_distributed", lambda **_: two)
+    with pytest.raises(ValueError, match="with 2 ranks .* use loqt.subspace=iterated"):
+        start(model, config=settings(loqt={"subspace": "sketch"}))
+    assert not loqt_layers(model)
 
 
 def test_a_group_with_rate_zero_stays() -> None:
