@@ -34,6 +34,7 @@ from loqt_ds.export.gguf_tokenizer import read_tokenizer
 from loqt_ds.failures import Voice
 from loqt_ds.memory import Asker, check_fits, device_bytes, needs_lean, zero_of
 from loqt_ds.method import compiled, head, lean
+from loqt_ds.method.controller import check_experts
 from loqt_ds.method.conversion import (
     WeightSource,
     build_empty,
