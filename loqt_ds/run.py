@@ -42,8 +42,8 @@ from loqt_ds.method.conversion import (
     build_model,
     checkpoint_files,
     initializer,
-    materialize_zeros,
     loqt_layers,
+    materialize_zeros,
     task_head_parameters,
     unpack_experts,
 )
@@ -194,7 +194,7 @@ def _check_options(
     lean.check_kernels(config.model.kernels, [device])
     if config.train.compile:
         compiled.check_compiler(device)
-    check_model(config)
+    check_model(config, world_size)
     return device, config, ds_options
 
 
@@ -312,8 +312,8 @@ def check_model(config: Config, world_size: int = 1) -> None:
     model_config = model_description(config)
     options = {"attention": config.model.attention, "task": config.model.task}
     model = build_meta(model_config, config.loqt, dtype=training_dtype(config), **options)
-    if config.train.compile:
     check_experts(config.loqt, (n for n, layer in loqt_layers(model).items() if layer.is_conditional), world_size)
+    if config.train.compile:
         compiled.install(model)  # refuses models without blocks
     if config.model.path is not None:
         _source_of(config)(build_empty(model_config, **options))
