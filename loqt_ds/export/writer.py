@@ -175,16 +175,31 @@ def refuse_existing(output_dir: Path) -> None:
         )
 
 
+def _is_running(pid: int) -> bool:
+    """Whether a process of this machine other than this one has the number."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 @contextmanager
 def complete_or_nothing(output_dir: Path) -> Iterator[Path]:
     """Yield a fresh directory beside `output_dir`; it is renamed to that if the block ends well, removed if it raises.
 
-    What exports that died left is removed.
+    What exports to the same directory left when they died is removed.
     """
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".tmp-{output_dir.name}-"
     for path in output_dir.parent.iterdir():
-        if path.name.startswith(prefix):
+        pid = path.name.removeprefix(prefix)
+        # The names of other directories may begin the same way, and an export to one of them may be running.
+        if pid != path.name and pid.isascii() and pid.isdigit() and not _is_running(int(pid)):
             shutil.rmtree(path, ignore_errors=True)
     directory = output_dir.parent / f"{prefix}{os.getpid()}"
     directory.mkdir()

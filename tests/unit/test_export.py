@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, L
 from loqt_ds.checkpoint import CheckpointError, save_checkpoint
 from loqt_ds.config import Config, LoQTConfig
 from loqt_ds.core.quantization import quantize
-from loqt_ds.export import ExportError, export_checkpoint, export_model, load_export
+from loqt_ds.export import ExportError, export_checkpoint, export_model, load_export, writer
 from loqt_ds.export import run as run_module
 from loqt_ds.export import verify as verify_module
 from loqt_ds.export.__main__ import main
@@ -531,6 +531,19 @@ def test_an_empty_output_directory_is_used(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     export(trained(config), config, tmp_path / "out", verify=False)
     assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_what_running_exports_have_written_stays(tmp_path: Path) -> None:
+    """Of exports to the same directory only what a dead process left is removed, of others nothing."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    running = os.getppid()
+    names = [f".tmp-task-{dead.pid}", f".tmp-task-{running}", f".tmp-task-2-{dead.pid}", f".tmp-task-2-{running}"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    with writer.complete_or_nothing(tmp_path / "task") as directory:
+        (directory / "file").write_text("all of it")
+    assert {path.name for path in tmp_path.iterdir()} == {*names[1:], "task"}
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
