@@ -441,10 +441,7 @@ def build_classification(
     check_packages(metrics)
     train, held_out, counts, of_held_out = read_examples(config, say)
     if not held_out:
-        raise DataError(
-            f"data.validation_fraction={config.data.validation_fraction} holds out no example; raise it, give more "
-            "data, or set data.validation_path"
-        )
+        raise DataError(_nothing_held_out(config))
     _require(config, len(train), world_size)
     encoder = Encoder(tokenizer, config.data.sequence_length, has_types=model_has_token_types(config))
     rows = Examples(encoder.rows([(example, 0) for example in train], counts))
@@ -486,12 +483,27 @@ def build_classification(
     return DataBundle(batches, ValidationSet(held_out_rows, collate=batch_of), summary, scorer)
 
 
+def _nothing_held_out(config: Any) -> str:
+    """What is wrong where there is no held-out example, by where they come from."""
+    data = config.data
+    if data.validation_path is not None:
+        return f"data.validation_path={data.validation_path} has no example; give another file, or null"
+    if data.glue_task is not None or data.validation_split is not None:
+        source = f"data.path={data.path}" if data.name is None else f"data.name={data.name}"
+        return f"{source}: its held-out part has no example; give another, or data.validation_path"
+    return (
+        f"data.validation_fraction={data.validation_fraction} holds out no example; raise it, give more data, or set "
+        "data.validation_path"
+    )
+
+
 def _require(config: Any, found: int, world_size: int) -> None:
-    train = config.train
+    train, data = config.train, config.data
     needed = train.micro_batch_size * train.gradient_accumulation_steps * world_size
     if found < needed:
+        source = f"data.path={data.path}" if data.name is None else f"data.name={data.name} (data.split={data.split})"
         raise DataError(
-            f"data.path={config.data.path}: {found} examples for training, fewer than the {needed} of one global batch "
+            f"{source}: {found} examples for training, fewer than the {needed} of one global batch "
             f"(train.micro_batch_size={train.micro_batch_size} x train.gradient_accumulation_steps="
             f"{train.gradient_accumulation_steps} x {world_size} ranks); give more data, or lower one of these"
         )

@@ -454,6 +454,18 @@ def test_wrong_rows_are_refused(folder: Path, rows: list[Any], overrides: list[s
         built(folder, f"data.path={folder / 'train.tsv'}", f"data.validation_path={folder / 'dev.tsv'}", *overrides)
 
 
+def test_what_is_missing_is_named_as_it_was_given(folder: Path) -> None:
+    write_tsv(folder / "train.tsv", "text\tlabel", [("a man", 0), ("dogs", 1)])
+    write_tsv(folder / "dev.tsv", "text\tlabel", [])
+    with pytest.raises(DataError, match=r"^data.validation_path=.*dev.tsv has no example"):
+        built(folder, f"data.path={folder / 'train.tsv'}", f"data.validation_path={folder / 'dev.tsv'}")
+    hub = folder / "named"
+    write_tsv(hub / "train.tsv", "text\tlabel", [("a man", 0), ("dogs", 1)])
+    write_tsv(folder / "dev.tsv", "text\tlabel", [("run", 1)])
+    with pytest.raises(DataError, match=r"^data.name=.*named \(data.split=train\): 2 examples for training"):
+        built(folder, f"data.name={hub}", f"data.validation_path={folder / 'dev.tsv'}")
+
+
 def test_numbers_that_are_none_are_refused(folder: Path) -> None:
     write_tsv(folder / "train.tsv", "text\tlabel", [("a man", 1.5), ("dogs", "nan")])
     with pytest.raises(DataError, match=r"line 3 has 'nan', which is no number"):
