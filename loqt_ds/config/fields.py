@@ -85,9 +85,9 @@ class LoQTConfig:
     """Memory for W kept dequantized between re-initializations, in the dtype of the computation, for as many layers as
     fit, first ones first; the others are dequantized for each product. Pays where micro-batches are small."""
     target_modules: str | list[str] = "all-linear"
-    """Adapted linears: all-linear (every nn.Linear, Conv1D of GPT-2 and expert but the output head and the head of a
-    task), a regular expression that must match the whole module name (of an expert: ...experts.down_proj.3), or a list
-    of name suffixes such as [q_proj, v_proj]."""
+    """Adapted linears: all-linear (every nn.Linear, Conv1D of GPT-2 and expert but the output head, the head of a task,
+    and weights of one row or column, which are trained in full), a regular expression that must match the whole module
+    name (of an expert: ...experts.down_proj.3), or a list of name suffixes such as [q_proj, v_proj]."""
 
     @property
     def double_quant_w(self) -> bool:

@@ -98,9 +98,10 @@ def output_head(model: nn.Module) -> nn.Module | None:
 def target_linears(model: nn.Module, target_modules: str | list[str]) -> dict[str, Any]:
     """The linears to adapt (`nn.Linear`, or Conv1D of GPT-2), by name; batched experts have to be unpacked before.
 
-    `target_modules` is "all-linear" (every linear but the output head or `task_head`, those whose weight is
-    shared, and those whose weight is frozen), a regular expression matched against the whole module name, or a list of
-    name suffixes.
+    `target_modules` is "all-linear" (every linear but the output head or `task_head`, those whose weight is shared,
+    those whose weight is frozen, and those whose weight is one row or column, such as the gate of a shared expert,
+    which has no subspace to find), a regular expression matched against the whole module name, or a list of name
+    suffixes.
 
     Raises ValueError, listing the names there are, if nothing matches, a listed suffix matches nothing, or the output
     head, a shared or a frozen weight is asked for.
@@ -118,7 +119,7 @@ def target_linears(model: nn.Module, target_modules: str | list[str]) -> dict[st
     }
     known = ", ".join(sorted({re.sub(r"\.\d+(?=\.|$)", ".N", name) for name in allowed})) or "none"
     if target_modules == "all-linear":
-        chosen = allowed
+        chosen = {n: m for n, m in allowed.items() if min(matrix_shape(m)) > 1}
     elif isinstance(target_modules, str):
         pattern = _pattern(target_modules)
         chosen = {n: m for n, m in linears.items() if pattern.fullmatch(n)}

@@ -22,6 +22,8 @@ from transformers import (
     MistralConfig,
     OPTConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
 )
 
 from loqt_ds.config import LoQTConfig
@@ -87,6 +89,22 @@ class Net(nn.Module):
 
 def test_all_linear_leaves_out_the_head_shared_weights_and_attention_internals():
     assert set(target_linears(Net(), "all-linear")) == {"first", "second"}
+
+
+def test_all_linear_leaves_out_weights_of_one_row():
+    shape = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, num_experts=2)
+    with torch.device("meta"):
+        description = Qwen2MoeConfig(vocab_size=VOCAB, moe_intermediate_size=24, **shape)
+        model = Qwen2MoeForCausalLM(description)
+    chosen = target_linears(model, "all-linear")
+    gate = "model.layers.0.mlp.shared_expert_gate"
+    assert model.get_submodule(gate).weight.shape == (1, 32)
+    assert "model.layers.0.mlp.shared_expert.up_proj" in chosen and gate not in chosen
+    assert gate in target_linears(model, ["shared_expert_gate"])  # asked for by name: refused by its rank
+    converted = build_meta(description, LoQTConfig(rank=4))
+    assert converted.get_submodule(gate).weight.requires_grad
+    with pytest.raises(ValueError, match=r"loqt.rank=4 .* side \(1\) of model.layers.0.mlp.shared_expert_gate"):
+        build_meta(description, LoQTConfig(rank=4, target_modules=["shared_expert_gate"]))
 
 
 def test_patterns_match_whole_names_and_suffixes_whole_components():
