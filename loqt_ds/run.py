@@ -476,7 +476,10 @@ def load_model(
             **options,
         )
         if drawn := getattr(source, "drawn", None):
-            say(f"{config.model.path} has no {', '.join(drawn)}: drawn from train.seed={config.train.seed}")
+            says = f"{config.model.path} has no {', '.join(drawn)} of these shapes"
+            say(f"{says}: drawn from train.seed={config.train.seed}")
+        if left_out := getattr(source, "left_out", None):
+            say(f"{config.model.path} also holds parts of another task, which are left out: {', '.join(left_out)}")
         original = _LazySource(lambda: source)
     if config.train.activation_checkpointing:
         # Renamed within transformers 5; the old name warns where the new one exists.

@@ -113,11 +113,16 @@ class _Initializer:
         return self.module(name, blank)["weight"]
 
 
+HEADS = r"^(lm_head|cls|classifier|score|qa_outputs|vocab_\w+|pre_classifier|lm_predictions|\w+_predictions)\."
+"""Heads of tasks as models of transformers call them, beside a base model that may be saved without its prefix."""
+
+
 class _CheckpointFiles:
     """Reads tensors, one at a time, from one or several safetensors files.
 
-    With `seed`, modules of the model's `task_head` that the files have nothing of are drawn by the model's own
-    initializer, and `drawn` names them; what the files hold of another task's head is left alone.
+    With `seed`, modules of the model's `task_head` that the files have nothing of, or in another shape (for another
+    number of classes), are drawn by the model's own initializer, and `drawn` names them. What the files hold of another
+    task, such as its head or a pooler that the model lacks, is left alone, and `left_out` names it.
     """
 
     def __init__(self, model: nn.Module, directory: Path, option: str, seed: int | None) -> None:
@@ -143,6 +148,9 @@ class _CheckpointFiles:
         missing = sorted(set(shapes) - set(self._stored))
         # A head is the task's as a whole: a classifier of another one with the same name is not half of it.
         lacking = {name.rpartition(".")[0] for name in missing}
+        for name, place in self._stored.items():
+            if name.rpartition(".")[0] in around and place.shape(self._shape) != tuple(shapes[name]):
+                lacking.add(name.rpartition(".")[0])
         self.drawn = sorted(name for name in lacking if name in around)
         self._initializer = None if seed is None else _Initializer(model, seed)
         wanted = {name: shape for name, shape in shapes.items() if name.rpartition(".")[0] not in self.drawn}
@@ -152,8 +160,9 @@ class _CheckpointFiles:
                 f"{what} has no tensor {missing[0]} (and {len(missing) - 1} others of "
                 f"{len(shapes)} are missing): its config.json describes another model than its files hold"
             )
-        read = {key for name in wanted for key in self._stored[name].names}
-        extra = self._extra(model, read, has_head=tied is None)
+        read = {key for place in self._stored.values() for key in place.names}
+        extra, others = self._extra(model, read, has_head=tied is None)
+        self.left_out = sorted({name.rpartition(".")[0] for name in others})
         if extra:
             raise ValueError(
                 f"{what} holds {len(extra)} tensors that {type(model).__name__} has no place "
@@ -162,8 +171,7 @@ class _CheckpointFiles:
         for name, shape in wanted.items():
             there = self._stored[name].shape(self._shape)
             if there != tuple(shape):
-                remedy = "; give the model.num_labels it was trained with" if name.rpartition(".")[0] in around else ""
-                raise ValueError(f"{what}: {name} is {there}, the model's is {tuple(shape)}{remedy}")
+                raise ValueError(f"{what}: {name} is {there}, the model's is {tuple(shape)}")
 
     def _find(self, groups: Iterable[list[str]], shapes: dict[str, torch.Size], prefix: str) -> dict[str, Stored]:
         """Name of each parameter -> where it is in the files. One that several modules share is there under one of its
@@ -191,8 +199,8 @@ class _CheckpointFiles:
             stored |= {name: place or there[0] for name, place in found.items() if there}
         return stored
 
-    def _extra(self, model: nn.Module, read: set[str], *, has_head: bool) -> list[str]:
-        """Tensors of the files that are neither read nor known to be dispensable."""
+    def _extra(self, model: nn.Module, read: set[str], *, has_head: bool) -> tuple[list[str], list[str]]:
+        """Tensors of the files that are not read: (those that nobody knows, those of other tasks)."""
         patterns = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
         patterns += [r".*rotary_emb\.inv_freq", r".*\.position_ids"]
         if self._transposed:
@@ -200,10 +208,16 @@ class _CheckpointFiles:
         if not has_head:
             patterns.append(r"lm_head\.weight")
         base = f"{getattr(model, 'base_model_prefix', '')}."
-        if self._initializer is not None and any(name.startswith(base) for name in self._files):
-            patterns.append(rf"(?!{re.escape(base)})")  # heads of other tasks
-        ignored = [re.compile(pattern) for pattern in patterns]
-        return [name for name in sorted(set(self._files) - read) if not any(p.search(name) for p in ignored)]
+        of_others = [r"^cls\.seq_relationship\.", r"^sop_classifier\."]  # of pairs of sentences, in pre-training
+        if not any("pooler" in name.split(".") for name, _ in model.named_modules()):
+            of_others.append(r"(^|\.)pooler\.")
+        if self._initializer is not None:
+            of_others.append(HEADS)
+            if any(name.startswith(base) for name in self._files):
+                of_others.append(rf"^(?!{re.escape(base)})")
+        dispensable, other = re.compile("|".join(patterns)), re.compile("|".join(of_others))
+        left = [name for name in sorted(set(self._files) - read) if not dispensable.search(name)]
+        return [n for n in left if not other.search(n)], [n for n in left if other.search(n)]
 
     def _shape(self, key: str) -> list[int]:
         with _opened(self._files[key], self._option) as file:

@@ -203,10 +203,38 @@ def test_what_else_is_missing_is_refused(saved: Path, tmp_path: Path):
         checkpoint_files(tmp_path, seed=0)(build_empty(ENCODERS["deberta"](), task="classification"))
 
 
-def test_a_head_for_other_classes_is_refused(tmp_path: Path):
-    tf.AutoModelForSequenceClassification.from_config(ENCODERS["bert"](num_labels=5)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"classifier.weight is \(5, 32\).*model.num_labels"):
-        checkpoint_files(tmp_path, seed=0)(build_empty(ENCODERS["bert"](num_labels=3), task="classification"))
+@pytest.mark.parametrize("task, number", [("classification", 3), ("regression", 1)])
+def test_a_head_for_other_classes_is_drawn_anew(task: str, number: int, tmp_path: Path):
+    other = tf.AutoModelForSequenceClassification.from_config(ENCODERS["bert"](num_labels=5))
+    other.save_pretrained(tmp_path)
+    model, source = build_model(
+        ENCODERS["bert"](num_labels=number), LOQT, checkpoint_files(tmp_path, seed=0), task=task
+    )
+    assert source.drawn == ["classifier"] and model.classifier.weight.shape == (number, 32)  # type: ignore[attr-defined]
+    assert torch.equal(model.bert.pooler.dense.weight, other.bert.pooler.dense.weight)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("task", ["masked_lm", "classification"])
+def test_what_pre_training_had_beside_is_left_out(task: str, tmp_path: Path):
+    """bert-base-uncased is saved so: with a pooler, and with a head for pairs of sentences."""
+    tf.BertForPreTraining(ENCODERS["bert"]()).save_pretrained(tmp_path)
+    seed = 0 if task == "classification" else None
+    _, source = build_model(ENCODERS["bert"](num_labels=3), LOQT, checkpoint_files(tmp_path, seed=seed), task=task)
+    masked = ["bert.pooler.dense", "cls.seq_relationship"]
+    left: list[str] = source.left_out  # type: ignore[attr-defined]
+    assert left == masked if task == "masked_lm" else {"cls.seq_relationship", "cls.predictions"} <= set(left)
+
+
+def test_a_base_saved_with_a_pooler_and_without_a_prefix(tmp_path: Path):
+    tf.RobertaModel(ENCODERS["roberta"]()).save_pretrained(tmp_path)
+    _, source = build_model(
+        ENCODERS["roberta"](num_labels=3), LOQT, checkpoint_files(tmp_path, seed=0), task="classification"
+    )
+    assert source.left_out == ["pooler.dense"]  # type: ignore[attr-defined]
+    tensors = load_file(tmp_path / "model.safetensors") | {"unknown.weight": torch.zeros(2)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="no place for, the first being unknown.weight"):
+        checkpoint_files(tmp_path, seed=0)(build_empty(ENCODERS["roberta"](num_labels=3), task="classification"))
 
 
 # ---------------------------------------------------------------- options
