@@ -208,6 +208,11 @@ def _writer(model: nn.Module, name: str) -> nn.Module:
     can = getattr(model, "can_generate", None)
     if can is None or not can():
         raise ValueError(f"--model={name} is a {type(model).__name__}, which writes no text; give a language model")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"--model={name} is a {type(model).__name__}, which answers a text and does not continue it; give a "
+            "language model without an encoder"
+        )
     return model.eval()
 
 

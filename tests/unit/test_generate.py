@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from test_export import checkpoint_of, export, llama, trained
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from loqt_ds.data.tokenizer import SentencePieceTokenizer, load_tokenizer, train_sentencepiece
 from loqt_ds.data.tokenizer import _with_real_spaces as with_real_spaces
-from loqt_ds.generate import Sampling, _Printer, load, main, write
+from loqt_ds.generate import Sampling, _Printer, _writer, load, main, write
 
 WORDS = ("one", "two", "three", "four", "five")
 TEXT = [f"the quick brown fox {word} jumps over\n  the lazy dog {word}s" for word in WORDS]
@@ -106,6 +106,12 @@ def test_prompts_from_a_pipe_and_from_a_terminal(
     monkeypatch.setattr("sys.stdin", terminal)
     _, out, _ = run(capsys, *common)
     assert PROMPT in out and "two dogs" in out and out.count("> ") == 3
+
+
+def test_an_encoder_with_a_decoder_is_refused() -> None:
+    config = T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    with pytest.raises(ValueError, match="--model=DIR is a T5ForConditionalGeneration, which answers a text"):
+        _writer(T5ForConditionalGeneration(config), "DIR")
 
 
 def test_mistakes_are_told(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
