@@ -11,8 +11,8 @@ LQ-LoRA, algorithm 1, with Q⁰ = 0 and E the weighted error below, until E rise
 
     L₁, L₂ ← the best of rank R to W − Q        Q ← NF4(W − L₁ L₂)        E = ‖√F ∘ (W − Q − L₁ L₂)‖
 
-F_ij, which stands for the diagonal of the Fisher information, is the mean over rows of text of the squared gradient of a
-row's loss, the mean over its tokens: (∂ mean log p / ∂W_ij)², not the mean of each token's square. The best of rank R
+F_ij, which stands for the diagonal of the Fisher information, is the mean over rows of text of the squared gradient of
+a row's loss, the mean over its tokens: (∂ mean log p / ∂W_ij)², not the mean of each token's square. The best of rank R
 under any F has no closed form; under F_ij = a_i b_j, of the means of its rows and columns, it is an SVD:
 
     D_a (W − Q) D_b = U Σ Vᵀ,   D_a = diag √a,  D_b = diag √b        L₁ = D_a⁻¹ U √Σ,   L₂ = √Σ Vᵀ D_b⁻¹
