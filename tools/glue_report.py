@@ -160,7 +160,8 @@ def write(results: Sequence[Result], searched: Sequence[Result], base: Path, out
         "",
         "GLUE's score of each task (the mean of its metrics) x 100 on its held-out set after the last step, mean ± "
         f"standard deviation over {len(seeds)} {count_noun}. Rank {first['rank']}; LoQT in NF4, alpha 2, merging every "
-        f"{first['interval']} steps or never. Rows of {first['rows']} examples, at most {first['length']} tokens each; "
+        f"{first['interval']} steps or never; its first step only finds P, so that B gets one update less. "
+        f"Rows of {first['rows']} examples, at most {first['length']} tokens each; "
         "steps: "
         + ", ".join(f"{FOLDERS[task]} {count}" for task, count in steps.items())
         + ". Peak rates: "

@@ -8,7 +8,8 @@
 All see the same rows in the same order, and start from the same weights, the drawn classifier's included. The rate
 falls linearly after a warm-up of a tenth, gradients are clipped to the norm 1, and what is judged is the model after
 the last step. lora, loqt and nomerge train their factors and the classifier with its pooler, and nothing else; the
-classifier has the same rate in all of them. loqt and nomerge are runs of the product, of the recipe `glue_small`.
+classifier has the same rate in all of them. loqt and nomerge are runs of the product, of the recipe `glue_small`; their
+first step only finds P, so that their factors get one update less than the others'.
 """
 
 from __future__ import annotations
