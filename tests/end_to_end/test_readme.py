@@ -133,9 +133,16 @@ def run_command(words: list[str], clone: Path) -> None:
         fewer = ["--methods", "adamw", "loqt:32", "--steps", "4", "--output", str(report.parent)]
         assert str(report) in run_as_it_is([*words, *fewer], clone).output
         assert "loqt:32" in report.read_text(encoding="utf-8")
+    elif program == "python" and rest[0] == "tools/architectures.py":
+        assert "Conv1D" in run_as_it_is([*words, "--only", "gpt2"], clone).output
+    elif program == "python" and rest[:2] == ["-m", "loqt_ds.generate"]:
+        prompt = rest[rest.index("--prompt") + 1]
+        shown = run_as_it_is(words, clone).output
+        assert prompt in shown and len(shown.split(prompt, 1)[1].strip()) > 1
     elif program == "python" and rest[0] == "tools/export.py":
         assert "reloaded with transformers" in run_as_it_is(words, clone).output
-        assert (clone / rest[rest.index("--output") + 1] / "config.json").is_file()
+        written = {"adapter": "adapter/adapter_config.json"}.get(rest[rest.index("--format") + 1], "config.json")
+        assert (clone / rest[rest.index("--output") + 1] / written).is_file()
     else:
         pytest.fail(f"README has a command that no test knows how to run: {shlex.join(words)}")
 
