@@ -404,6 +404,7 @@ class LoQTEngine(DeepSpeedEngine):
         }
         if (model_config := self._model_config()) is not None:
             metadata["model_config"] = model_config.to_dict()
+            metadata["model_class"] = type(self.module).__name__  # no task of a configuration says it here
         tensors = self.saved_tensors()
         save_checkpoint(
             Path(save_dir),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 import loqt_ds
@@ -494,7 +495,17 @@ def rebuild(checkpoint: Checkpoint) -> tuple[nn.Module, Any]:
     trained_dtypes = {tensor.dtype for name, tensor in state.items() if name.endswith(".B")}
     if len(trained_dtypes) != 1:
         raise ExportError(f"{checkpoint.path} holds trained factors of types {trained_dtypes or 'none at all'}")
-    model = build_meta(model_config, config.loqt, dtype=trained_dtypes.pop(), task=config.model.task)
+    model_class = None
+    if (called := checkpoint.metadata.get("model_class")) is not None:  # of a model that a training loop made itself
+        model_class = getattr(transformers, called, None)
+        if model_class is None:
+            raise ExportError(
+                f"{checkpoint.path} is of a {called}, which transformers does not have; export the engine that holds "
+                "the model instead"
+            )
+    model = build_meta(
+        model_config, config.loqt, dtype=trained_dtypes.pop(), task=config.model.task, model_class=model_class
+    )
     try:
         missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:  # shapes

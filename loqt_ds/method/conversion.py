@@ -193,9 +193,16 @@ def build_meta(
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
     task: str = "causal_lm",
+    model_class: Any = None,
 ) -> nn.Module:
-    """The converted model with nothing allocated: LoQT layers and parameters in `dtype` on the meta device."""
-    model = build_empty(model_config, attention=attention, task=task)
+    """The converted model with nothing allocated: LoQT layers and parameters in `dtype` on the meta device.
+
+    `model_class`: a class of transformers to build, instead of the task's.
+    """
+    if model_class is None:
+        model = build_empty(model_config, attention=attention, task=task)
+    else:
+        model = empty_of(model_class, model_config)
     unpack_experts(model, loqt.target_modules)
     linears = target_linears(model, loqt.target_modules)
     check_rank(linears, loqt.rank)

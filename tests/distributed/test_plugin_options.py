@@ -1004,3 +1004,22 @@ def test_the_export_is_loaded_by_the_original_model(dtype: str, tied: bool, tmp_
     assert not missing.unexpected_keys and set(missing.missing_keys) <= ({"head.weight"} if tied else set())
     assert model(batch(50)).item() == pytest.approx(expected, rel=0.01)
     assert learn(engine, 2), "training goes on"
+
+
+def test_a_checkpoint_of_a_classifier_is_exported_as_one(tmp_path: Path) -> None:
+    import transformers
+
+    from loqt_ds.export import export_checkpoint
+
+    shape = dict(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
+    engine = start(
+        transformers.BertForSequenceClassification(transformers.BertConfig(**shape, num_labels=3)), config=settings()
+    )
+    rows = {"input_ids": torch.tensor([[5, 9, 3]]), "labels": torch.tensor([2])}
+    engine.backward(engine(**rows).loss)
+    engine.step()
+    engine.save_checkpoint(str(tmp_path / "saved"))
+    report = export_checkpoint(tmp_path / "saved", tmp_path / "out", format="bf16", say=str)
+    assert report.loader == "AutoModelForSequenceClassification"
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded.classifier.weight, engine.module.classifier.weight.bfloat16())
