@@ -397,7 +397,7 @@ class LoQTEngine(DeepSpeedEngine):
             raise ValueError(f"save_checkpoint: {option}: a checkpoint is whole, and `latest` names the newest")
         self._between_steps("save_checkpoint")
         self.ranks.attempt(lambda: _check_json(client_state))
-        metadata = {
+        metadata: dict[str, Any] = {
             "config": self._loqt_config.to_dict(),
             "engine_state": self.saved_state(),
             "client_state": client_state or {},
