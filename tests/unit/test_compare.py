@@ -139,7 +139,15 @@ def test_runs_have_the_cores_between_them(compare: Any, bench: Any, monkeypatch:
     assert more.run() and more.starts[0][2] == "1"
 
 
-def test_an_interrupted_comparison_goes_on(compare: Any, bench: Any) -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt: pytest-xdist's workers ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupted_comparison_goes_on(compare: Any, bench: Any, interruptible: None) -> None:
     made = bench("adamw", "lora:8", "qlora:8", "adamw8bit")
 
     def interrupt() -> None:
