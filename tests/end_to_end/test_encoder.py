@@ -169,7 +169,7 @@ def test_numbers_without_merging(pretrained: Path, tasks: dict[str, Path], tmp_p
     evaluated = events(run, "eval")
     assert evaluated[-1]["loss"] < evaluated[0]["loss"] and {"pearson", "spearman"} <= set(evaluated[-1])
     (export,) = events(run, "export")
-    best = max(evaluated, key=lambda event: event["glue"])  # which the recipe exports
+    best = max(evaluated[1:], key=lambda event: event["glue"])  # which the recipe exports; not what it starts from
     assert export["loss"] == pytest.approx(best["loss"], rel=0.05)
 
 
