@@ -35,6 +35,8 @@ _FREE_ON_RESUME = (
     "train.lean_activations",
     "train.compile",
     "train.collective_timeout_seconds",
+    "engine",
+    "fsdp.",
     "data.cache_dir",
     "data.num_processes",
 )

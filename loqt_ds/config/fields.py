@@ -256,6 +256,21 @@ class TrainConfig:
 
 
 @dataclass
+class FSDPConfig:
+    """With engine=fsdp2: what is sharded, and over which ranks."""
+
+    shard_frozen: bool = False
+    """Shard the packed bytes of W and P over ranks too: each block's are gathered for its forward and its backward.
+    Less memory, more traffic; false: every rank holds all of them."""
+    num_replicas: int = 1
+    """Groups of ranks that each hold everything: a rank's tensors are sharded over the world size / num_replicas ranks
+    of its group (hybrid sharding; a group should be one machine), and gradients are averaged over groups."""
+    reshard_after_forward: bool = True
+    """Let go of a block's gathered parameters after its forward, and gather them again for its backward; false: they
+    stay until the backward is over."""
+
+
+@dataclass
 class EvalConfig:
     """Evaluation on held-out documents."""
 
@@ -331,11 +346,15 @@ class Config:
     """Name of the run; a run without output_dir goes to runs/NAME-0001, -0002, ..."""
     output_dir: str | None = None
     """Directory of the run; null: a fresh numbered one under runs/."""
+    engine: Literal["auto", "fsdp2"] = "auto"
+    """Who takes the steps: auto: DeepSpeed where --ds_config is given, else one device; fsdp2: PyTorch's fully_shard
+    (`torchrun --nproc_per_node N launch/pretrain.py`)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     loqt: LoQTConfig = field(default_factory=LoQTConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    fsdp: FSDPConfig = field(default_factory=FSDPConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

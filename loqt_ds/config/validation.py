@@ -62,6 +62,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "train.memory_limit_gib": (lambda value: value > 0, "above 0, or null for the whole device"),
     "train.device": (lambda value: bool(re.fullmatch(r"auto|cpu|cuda(:\d+)?", value)), "auto, cpu, cuda, or cuda:N"),
     "train.collective_timeout_seconds": _positive,
+    "fsdp.num_replicas": _positive,
     "eval.every": (lambda value: value == "epoch" or value >= 0, "at least 0, or epoch"),
     "eval.patience": (lambda value: value >= 1, "at least 1, or null to train to the end"),
     "eval.max_examples": (lambda value: value >= 1, "at least 1, or null for all held-out prompts"),
@@ -101,6 +102,7 @@ def validate(config: Config) -> None:
     _check_task(config)
     _check_optim(config)
     check_steps(config)
+    _check_engine(config)
     _check_run(config)
     _check_inactive(config)
     _check_description(config)
@@ -383,6 +385,35 @@ def check_steps(config: Config) -> None:
             )
 
 
+def _check_engine(config: Config) -> None:
+    """What FSDP2 cannot honour."""
+    if config.engine != "fsdp2":
+        return
+    if config.optim.layerwise:
+        raise ConfigError(
+            "optim.layerwise=true with engine=fsdp2: the gradients of a block come together, reduced and sharded, and "
+            "what is left of them is small; set optim.layerwise=false"
+        )
+    if config.train.max_grad_norm_per_parameter is not None:
+        raise ConfigError(
+            f"train.max_grad_norm_per_parameter={config.train.max_grad_norm_per_parameter} with engine=fsdp2: it is "
+            "the clipping of layer-wise updates on one device; use train.max_grad_norm, over all shards"
+        )
+    if not config.fsdp.shard_frozen:
+        return
+    if config.loqt.dequantized_cache_gib:
+        raise ConfigError(
+            f"loqt.dequantized_cache_gib={config.loqt.dequantized_cache_gib:g} with fsdp.shard_frozen=true: one keeps "
+            "whole dequantized weights on every rank, the other not even the packed ones; set one of them to 0 or false"
+        )
+    if config.eval.metric == "exact_match":
+        raise ConfigError(
+            "eval.metric=exact_match with fsdp.shard_frozen=true: answers have different lengths, and a rank that is "
+            "done would leave the others waiting for its part of the weights; set fsdp.shard_frozen=false, or "
+            "eval.metric=loss"
+        )
+
+
 def _check_run(config: Config) -> None:
     if config.output_dir is not None and os.path.isfile(config.output_dir):
         raise ConfigError(f"output_dir={config.output_dir} is a file; give a directory")
@@ -405,6 +436,8 @@ def _inactive_rules(config: Config) -> Iterator[tuple[bool, str, str, tuple[Any,
     never, static = loqt.schedule == "never", loqt.schedule == "static"
     corpus = data.path is None and data.name is None
     task = config.model.task
+    for name in ("shard_frozen", "num_replicas", "reshard_after_forward"):
+        yield config.engine != "fsdp2", f"fsdp.{name}", f"with engine={config.engine}", ()
     yield task != "classification", "model.num_labels", f"with model.task={task}", ()
     yield config.export.format != "adapter", "export.base", f"with export.format={config.export.format}", ()
     yield never, "loqt.interval", "with loqt.schedule=never", ()
