@@ -29,19 +29,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loqt_ds.config import describe_model
-from loqt_ds.data.batches import StoredSequence, TrainBatches, ValidationSet
+from loqt_ds.data.batches import ValidationSet
 from loqt_ds.data.build import DataBundle
 from loqt_ds.data.cache import Say
 from loqt_ds.data.corpus import content_digest, split_hash
 from loqt_ds.data.errors import DataError
-from loqt_ds.data.files import check_text, resolve_paths
+from loqt_ds.data.examples import batch_length, text_of, train_batches
+from loqt_ds.data.files import resolve_paths
 from loqt_ds.data.glue import TASKS, GlueTask
 from loqt_ds.data.sources import open_dataset
 from loqt_ds.data.tables import TABLES, read_rows
 from loqt_ds.data.tokenizer import Tokenizer
 from loqt_ds.scores import CLASSIFICATION, PART, REGRESSION, LabelScorer, check_packages
-
-LENGTH_MULTIPLE = 8  # rows of a batch are padded to: lengths that processors like, and fewer different ones
 
 
 class Example(NamedTuple):
@@ -131,17 +130,8 @@ class Columns:
                 raise DataError(
                     f"{option}: {where} has no column {name!r}; it has: {', '.join(map(repr, row)) or 'none'}"
                 )
-        texts = tuple(self._text(row[name], name, where) for name in self.texts)
+        texts = tuple(text_of(row[name], f"data.text_fields={name}", where) for name in self.texts)
         return Example(texts, self._target(row[self.label], where), where)
-
-    def _text(self, value: Any, name: str, where: str) -> str:
-        if value is not None and not isinstance(value, str):
-            raise DataError(
-                f"data.text_fields={name}: {where} holds a {type(value).__name__} there, not a string; name a column "
-                f"that holds text"
-            )
-        check_text(value or "", where)
-        return value or ""
 
     def _target(self, value: Any, where: str) -> float:
         if self.is_regression:
@@ -410,8 +400,7 @@ def collate(
 ) -> dict[str, Tensor]:
     """A batch (see the module's docstring), as long as its longest row, or as `sequence_length`."""
     longest = max(len(row.inputs) for row in rows)
-    length = min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, sequence_length)
-    shape = len(rows), sequence_length if whole_length else length
+    shape = len(rows), batch_length(longest, sequence_length, is_whole=whole_length)
     ids, mask, types = np.full(shape, pad_id, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     for index, row in enumerate(rows):
         ids[index, : len(row.inputs)] = row.inputs
@@ -458,21 +447,7 @@ def build_classification(
         sequence_length=data.sequence_length,
         whole_length=config.train.compile,  # or it would be compiled for every length
     )
-    batches = TrainBatches(
-        StoredSequence(rows, shuffle=data.shuffle, seed=config.train.seed),
-        identity={
-            "corpus": rows.digest,
-            "num_rows": len(rows),
-            "tokenizer": tokenizer.fingerprint,
-            "sequence_length": data.sequence_length,
-            "shuffle": data.shuffle,
-            "seed": config.train.seed,
-        },
-        micro_batch_size=config.train.micro_batch_size,
-        collate=batch_of,
-        rank=rank,
-        world_size=world_size,
-    )
+    batches = train_batches(config, rows, tokenizer, batch_of, rank=rank, world_size=world_size)
     scorer = partial(
         LabelScorer,
         metrics,

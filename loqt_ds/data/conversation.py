@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from loqt_ds.data.errors import DataError
+from loqt_ds.data.examples import text_of
 from loqt_ds.data.files import check_text
 from loqt_ds.data.tokenizer import Tokenizer
 
@@ -85,14 +86,7 @@ class Reader:
         return row[name]
 
     def _text(self, row: Mapping[str, Any], option: str, where: str) -> str:
-        value = self._field(row, option, where)
-        if value is not None and not isinstance(value, str):
-            raise DataError(
-                f"data.{option}={getattr(self._data, option)}: {where} holds a {type(value).__name__} there, not a "
-                f"string; name a column that holds text"
-            )
-        check_text(value or "", where)
-        return value or ""
+        return text_of(self._field(row, option, where), f"data.{option}={getattr(self._data, option)}", where)
 
     def _messages(self, row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
         value = self._field(row, "messages_field", where)

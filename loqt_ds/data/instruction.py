@@ -23,19 +23,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loqt_ds.data.batches import StoredSequence, TrainBatches, ValidationSet
+from loqt_ds.data.batches import ValidationSet
 from loqt_ds.data.build import DataBundle
 from loqt_ds.data.cache import Say
 from loqt_ds.data.conversation import Example, Reader
 from loqt_ds.data.corpus import content_digest, split_hash
 from loqt_ds.data.errors import DataError
+from loqt_ds.data.examples import batch_length, train_batches
 from loqt_ds.data.files import resolve_paths
 from loqt_ds.data.packing import IGNORED
 from loqt_ds.data.sources import open_dataset
 from loqt_ds.data.tables import TABLES, read_rows
 from loqt_ds.data.tokenizer import Tokenizer, num_workers
 
-LENGTH_MULTIPLE = 8  # rows of a batch are padded to: lengths that processors like, and fewer different ones
 EXAMPLES_AT_ONCE = 10_000  # to be tokenized
 
 
@@ -233,8 +233,7 @@ def beginning_of_text(tokenizer: Tokenizer) -> list[int]:
 def collate(rows: list[Row], *, pad_id: int, sequence_length: int, whole_length: bool = False) -> dict[str, Tensor]:
     """A batch (see the module's docstring), as long as its longest row, or as `sequence_length`."""
     longest = max(len(row.tokens) for row in rows) - 1
-    length = min(-(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, sequence_length)
-    shape = len(rows), sequence_length if whole_length else length
+    shape = len(rows), batch_length(longest, sequence_length, is_whole=whole_length)
     ids, mask, targets = np.full(shape, pad_id, np.int64), np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
     for index, row in enumerate(rows):
         end = len(row.tokens) - 1
@@ -273,21 +272,7 @@ def build_instruction(
         sequence_length=data.sequence_length,
         whole_length=config.train.compile,  # or it would be compiled for every length
     )
-    batches = TrainBatches(
-        StoredSequence(rows, shuffle=data.shuffle, seed=config.train.seed),
-        identity={
-            "corpus": rows.digest,
-            "num_rows": len(rows),
-            "tokenizer": tokenizer.fingerprint,
-            "sequence_length": data.sequence_length,
-            "shuffle": data.shuffle,
-            "seed": config.train.seed,
-        },
-        micro_batch_size=config.train.micro_batch_size,
-        collate=batch_of,
-        rank=rank,
-        world_size=world_size,
-    )
+    batches = train_batches(config, rows, tokenizer, batch_of, rank=rank, world_size=world_size)
     summary = {
         "num_rows": len(rows),
         "num_validation_rows": len(held_out_rows),
