@@ -10,15 +10,16 @@ that no token chose in a micro-batch has a gradient of zero; one that nobody cho
 keeps its P.
 
 Files hold experts in one of three ways: fused as in the model, or each under a name of its own, in Mixtral's spelling
-(w1 the gate, w3 up, w2 down) or in Qwen's (gate_proj, up_proj, down_proj). All are read; written is what the library's
-own conversion of the model type names.
+(w1 the gate, w3 up, w2 down) or in Qwen's (gate_proj, up_proj, down_proj). All are read, under the names that
+transformers translates as well (`input_linear` and `output_linear` of GraniteMoE); written is the spelling that the
+library's own conversion of the model type names, or else fused as in the model.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -144,6 +145,10 @@ class Stored:
     @property
     def names(self) -> list[str]:
         return [name for part in self.parts for name in part]
+
+    def under(self, renamed: Callable[[str], str]) -> Stored:
+        """The same place in files that have other names."""
+        return replace(self, parts=tuple(tuple(map(renamed, part)) for part in self.parts))
 
     def read(self, get: Callable[[str, int | None], Tensor]) -> Tensor:
         """The tensor, by `get(name in the files, row or None)`."""

@@ -182,15 +182,17 @@ class _CheckpointFiles:
         def spellings(name: str) -> Iterator[Stored]:
             for start in (name, name.removeprefix(f"{prefix}.")):
                 yield Stored(((start,),))
-                if start in self._renamed:
-                    yield Stored(((self._renamed[start],),))
                 for new, old in (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")):
                     if start.endswith(new):
                         yield Stored(((start.removesuffix(new) + old,),))
                 yield from experts.spellings(start, shapes[name])
 
+        def in_files(name: str) -> str:
+            return name if name in self._files else self._renamed.get(name, name)
+
         def find(name: str) -> Stored | None:
-            return next((s for s in spellings(name) if all(key in self._files for key in s.names)), None)
+            places = (place.under(in_files) for place in spellings(name))
+            return next((place for place in places if all(key in self._files for key in place.names)), None)
 
         stored: dict[str, Stored] = {}
         for names in groups:

@@ -419,6 +419,34 @@ def test_persistent_buffers_are_read(kind: str, tmp_path: Path):
         build_model(dense.config, loqt, checkpoint_files(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "kind, others, in_files",
+    [
+        ("GraniteMoe", dict(num_local_experts=3), "model.layers.0.block_sparse_moe.input_linear.weight"),
+        (
+            "NemotronH",
+            dict(layers_block_type=["moe", "attention"], n_routed_experts=4, moe_intermediate_size=40, n_group=1,
+                 topk_group=1, moe_shared_expert_intermediate_size=40, head_dim=8),
+            "backbone.layers.0.mixer.experts.3.up_proj.weight",
+        ),
+    ],
+)  # fmt: skip
+def test_experts_under_names_that_transformers_translates(kind: str, others: Any, in_files: str, tmp_path: Path):
+    torch.manual_seed(0)
+    config = getattr(tf, f"{kind}Config")(**EXPERTS, intermediate_size=40, **others)
+    dense = getattr(tf, f"{kind}ForCausalLM")._from_config(config, dtype=torch.float32).eval()
+    dense.save_pretrained(tmp_path)
+    assert in_files in load_file(tmp_path / "model.safetensors")
+    loqt = LoQTConfig(rank=4, quantize_w="none", quantize_p="none")
+    model, _ = build_model(dense.config, loqt, checkpoint_files(tmp_path))
+    assert any(layer.is_conditional for layer in loqt_layers(model).values())
+    inputs = {"input_ids": torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))}
+    assert relative(logits(model, inputs), logits(dense, inputs)) < 1e-6
+    export_model(model, model_config=config, tokenizer_dir=None, output_dir=tmp_path / "out", format="bf16", say=str)
+    loaded = type(dense).from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert relative(logits(loaded, inputs), logits(dense, inputs)) < 3e-2
+
+
 def test_experts_that_are_not_asked_for_stay_as_they_are():
     model = make("mixtral")
     assert len(convert(model, LoQTConfig(rank=4, target_modules=["q_proj"]))) == 2
