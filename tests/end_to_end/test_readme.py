@@ -7,9 +7,11 @@ of a kind that is not known below fails the test, so that nothing in README goes
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -17,6 +19,8 @@ from pathlib import Path
 
 import pytest
 from workshop import REPOSITORY, Result, command, events, losses
+
+from loqt_ds.config import load_config
 
 README = REPOSITORY / "README.md"
 
@@ -183,6 +187,27 @@ def test_every_command_runs(clone: Path) -> None:
             run_command(words, clone)
         except AssertionError as error:
             raise AssertionError(f"README says `{shlex.join(words)}`: {error}") from error
+
+
+def test_options_of_commands_that_name_files_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are indented, not in a bash block, and cannot be run; that their programs take them can be seen."""
+    monkeypatch.syspath_prepend(REPOSITORY / "tools")
+    monkeypatch.chdir(tmp_path)
+    lines = re.findall(r"^    ((?:deepspeed|python) .*)$", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(lines) >= 5
+    for line in lines:
+        words = shlex.split(line)
+        program = next(word for word in words if word.endswith(".py"))
+        arguments = words[words.index(program) + 1 :]
+        if program.startswith("tools/"):
+            importlib.import_module(Path(program).stem).parser().parse_args(arguments)  # exits where it does not
+        else:
+            given = dict(word.split("=", 1) for word in arguments if "=" in word)
+            (tmp_path / given["model.path"]).mkdir(exist_ok=True)
+            shutil.copy(REPOSITORY / "configs/models/llama_2m.json", tmp_path / given["model.path"] / "config.json")
+            load_config(
+                arguments[arguments.index("--config") + 1], [f"{name}={value}" for name, value in given.items()]
+            )
 
 
 def test_links_and_files_that_are_named_exist() -> None:
