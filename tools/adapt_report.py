@@ -230,7 +230,7 @@ def introduction(plan: Plan, results: Mapping[str, Result], of_model: Result, co
         f"The base: {shape}, pretrained in full rank for {base['steps']:,} steps of {base['rows']} x {base['length']} "
         f"tokens; held-out perplexity {of_model['final']['perplexity']:.2f}. Then rank {rank}, {spec.steps:,} steps of "
         f"{spec.rows} x {spec.length} tokens, {spec.dtype} on {spec.device}, {suite.seeds} "
-        f"seed{'s' if suite.seeds > 1 else ''}; {merges}Rates fall as a cosine to a tenth after a warm-up over "
+        f"seed{'s' if suite.seeds > 1 else ''}. {merges}Rates fall as a cosine to a tenth after a warm-up over "
         "a tenth.",
         "",
         f"{len(runs & results.keys())} of {len(runs)} runs are over.",
