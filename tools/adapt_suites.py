@@ -48,7 +48,7 @@ ICELANDIC_RATES: Rates = {
 # Nothing but the adapters is trained; a search goes on from these.
 NOMERGE_RATES: Rates = {
     **dict.fromkeys(("lora", "qlora"), (8e-3, 2e-3)),
-    **dict.fromkeys(("loftq", "lqlora", "apiq"), (2.4e-2, 2e-3)),
+    **dict.fromkeys(("loftq", "lqlora", "apiq"), (1.2e-2, 1e-3)),
     "loqt": (3.2e-2, 2e-3),
 }
 
