@@ -10,7 +10,7 @@ Beside the loss there may be scores: of a model's outputs (`Scorer`: accuracy an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Protocol
@@ -128,16 +128,19 @@ def evaluate(
     model.eval()
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0
     try:
-        for batch in islice(batches, ranks.rank, None, ranks.world_size):
+        for batch, is_own in _share(batches, ranks):
             inputs, targets = model_inputs(batch, device)
             if scorer is None:
-                total += summed_loss(model, inputs, targets).double()
+                loss = summed_loss(model, inputs, targets)
             else:
                 del inputs["use_cache"]  # what is scored is no decoder's
                 outputs = model(**inputs)
-                total += head.loss_of_outputs(outputs, targets, task).double()
-                scorer.add(outputs, batch)
-            count += num_predicted(batch)
+                loss = head.loss_of_outputs(outputs, targets, task)
+                if is_own:
+                    scorer.add(outputs, batch)
+            if is_own:
+                total += loss.double()
+                count += num_predicted(batch)
             if tick is not None:
                 tick()
     finally:
@@ -149,6 +152,15 @@ def evaluate(
         raise ValueError("there is no token to evaluate on; give more validation text (data.validation_fraction)")
     scores = {} if scorer is None else scorer.result([state for _, _, state in parts])
     return Evaluation(summed / count, count, scores, task)
+
+
+def _share(batches: Iterable[dict[str, Tensor]], ranks: Ranks) -> Iterator[tuple[dict[str, Tensor], bool]]:
+    """(batch, whether it counts) for this rank: as many on each, since sharded models are run by all ranks together.
+    Where there are no more batches than for some, the others run one of these for nothing."""
+    rest = iter(batches)
+    while together := list(islice(rest, ranks.world_size)):
+        is_own = ranks.rank < len(together)
+        yield together[ranks.rank if is_own else 0], is_own
 
 
 @dataclass(frozen=True)

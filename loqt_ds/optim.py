@@ -24,6 +24,7 @@ from loqt_ds.method.conversion import loqt_layers
 
 MOMENT_KEYS = (("exp_avg", "exp_avg_sq"), ("state1", "state2"))
 BLOCKSIZE_8BIT = 256
+MIN_8BIT_SIZE = 4096  # elements from which moments are kept in 8 bits; bitsandbytes' own
 LANES = 16  # float32 numbers in the widest vector of a CPU
 UPDATE_PIECE = 2**22  # elements updated at once: a multiple of BLOCKSIZE_8BIT, so that pieces have whole blocks
 ROUNDED_AT_ONCE = 2**20  # elements: rounding takes several times the memory of what is rounded, less than Adam then
@@ -64,24 +65,26 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[ParameterGrou
     ]
 
 
-def freeze_full_rank(model: nn.Module, *, but: Collection[str] = ()) -> int:
+def freeze_full_rank(model: nn.Module, *, but: Collection[str] = ()) -> None:
     """Lets everything but the B of each layer, and the parameters named in `but`, stay as it is
-    (optim.train_full_rank=false). Returns how many numbers are frozen."""
+    (optim.train_full_rank=false)."""
     kept = {f"{name}.B" if name else "B" for name in loqt_layers(model)} | set(but)
-    frozen = [parameter for name, parameter in model.named_parameters() if name not in kept and parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    return sum(parameter.numel() for parameter in frozen)
+    for name, parameter in model.named_parameters():
+        if name not in kept:
+            parameter.requires_grad_(False)
 
 
-def build_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW or AdamW8bit over torch-style parameter groups."""
+def build_optimizer(
+    groups: list[dict[str, Any]], optim: OptimConfig, *, min_8bit_size: int = MIN_8BIT_SIZE
+) -> torch.optim.Optimizer:
+    """AdamW or AdamW8bit over torch-style parameter groups; of tensors below `min_8bit_size` elements moments have 32
+    bits."""
     options: dict[str, Any] = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps}
     if optim.name == "adamw":
         return EvenAdamW(groups, **options)
     import bitsandbytes
 
-    return bitsandbytes.optim.AdamW8bit(groups, **options)
+    return bitsandbytes.optim.AdamW8bit(groups, min_8bit_size=min_8bit_size, **options)
 
 
 class EvenAdamW(torch.optim.AdamW):
@@ -277,10 +280,17 @@ class ParameterOptimizer:
         optim: kind of optimizer and of master.
         weight_decay: decoupled, as in AdamW.
         generator: for stochastic rounding, on the parameter's device.
+        num_whole: elements of the parameter that this is a part of, which decides whether moments have 8 bits.
     """
 
     def __init__(
-        self, parameter: nn.Parameter, optim: OptimConfig, *, weight_decay: float, generator: torch.Generator
+        self,
+        parameter: nn.Parameter,
+        optim: OptimConfig,
+        *,
+        weight_decay: float,
+        generator: torch.Generator,
+        num_whole: int | None = None,
     ) -> None:
         if not parameter.is_contiguous():  # pieces are those of the flat order
             parameter.data = parameter.data.contiguous()
@@ -295,7 +305,10 @@ class ParameterOptimizer:
             self.master = nn.Parameter(parameter.detach().float())
         # What the optimizer is shown: one piece after another.
         self._piece = nn.Parameter(torch.empty(0, device=parameter.device))
-        self._optimizer = build_optimizer([{"params": [self._piece], "weight_decay": weight_decay}], optim)
+        whole = parameter.numel() if num_whole is None else num_whole
+        min_8bit_size = 1 if whole >= MIN_8BIT_SIZE else MIN_8BIT_SIZE
+        groups = [{"params": [self._piece], "weight_decay": weight_decay}]
+        self._optimizer = build_optimizer(groups, optim, min_8bit_size=min_8bit_size)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,9 @@ from loqt_ds.rundir import (
 from loqt_ds.settling import build_evaluator, resolve_steps
 from loqt_ds.trainer import Trainer
 
+if TYPE_CHECKING:
+    from loqt_ds.engines.fsdp import Sharding
+
 Say = Callable[[str], None]
 
 VISIBLE_SECONDS = 30.0  # for a directory made on one node to be seen on another
@@ -97,7 +100,8 @@ def prepare(
 
     Args:
         config: validated.
-        ds_config: file of a DeepSpeed configuration, to train under DeepSpeed; None: one device without it.
+        ds_config: file of a DeepSpeed configuration, to train under DeepSpeed; None: one device, or with engine=fsdp2
+            FSDP2.
         voice: of the processes that train together; None: this one is alone.
         say: prints; used on rank 0 only.
 
@@ -139,10 +143,12 @@ def prepare(
             read_tokenizer(directory / "tokenizer", int(model_config.vocab_size))  # refuses what no such file can hold
     say(f"run directory: {directory}")
     torch.manual_seed(config.train.seed)
-    model, original = load_model(config, model_config, device, ranks, resumed=checkpoint is not None, say=say)
+    sharding = _sharding(config, ranks)
+    resumed = checkpoint is not None
+    model, original = load_model(config, model_config, device, ranks, resumed=resumed, sharding=sharding, say=say)
     if checkpoint is None:  # else the model is empty yet
         voice.on_main(lambda: check_shared_base(config, model, model_config))
-    engine = build_engine(config, model, ds_options, original, ranks)
+    engine = build_engine(config, model, ds_options, original, ranks, sharding, model_config)
     if not ranks.is_main:
         torch.manual_seed(config.train.seed + ranks.rank)  # what a model drops out is another thing on each rank
     logger = MetricsLogger(
@@ -191,6 +197,10 @@ def _check_options(
         from loqt_ds.engines.ds_config import check_deepspeed
 
         ds_options = check_deepspeed(ds_config, config)
+    if config.engine == "fsdp2":
+        from loqt_ds.engines.fsdp import check_fsdp
+
+        check_fsdp(config, world_size)
     lean.check_kernels(config.model.kernels, [device])
     if config.train.compile:
         compiled.check_compiler(device)
@@ -393,8 +403,8 @@ def _check_positions(config: Config, model_config: Any) -> None:
 def _asker(
     config: Config, model_config: Any, device: torch.device, ds_options: dict[str, Any] | None, world_size: int
 ) -> Asker:
-    zero = None if ds_options is None else zero_of(ds_options, world_size)
     on_device = dataclasses.replace(config, train=dataclasses.replace(config.train, device=device.type))
+    zero = None if ds_options is None else zero_of(ds_options, world_size)
     return Asker(on_device, vocab_size=int(model_config.vocab_size), zero=zero)
 
 
@@ -454,15 +464,33 @@ def check_memory(
 # ---------------------------------------------------------------- model and engine
 
 
+def _sharding(config: Config, ranks: Ranks) -> Sharding | None:
+    """How FSDP2 divides the model, where it does. Collective."""
+    if config.engine != "fsdp2":
+        return None
+    from loqt_ds.engines.fsdp import Sharding
+
+    return Sharding(config, ranks)
+
+
 def load_model(
-    config: Config, model_config: Any, device: torch.device, ranks: Ranks, *, resumed: bool, say: Say
+    config: Config,
+    model_config: Any,
+    device: torch.device,
+    ranks: Ranks,
+    *,
+    resumed: bool,
+    sharding: Sharding | None = None,
+    say: Say,
 ) -> tuple[nn.Module, Callable[[str], Tensor]]:
-    """The converted model on its device, and where the original weights can be had for the first initialization.
-    Collective."""
+    """The converted model on its device, its blocks sharded where there is a `sharding`, and where the original weights
+    can be had for the first initialization. Collective."""
+    shard = None if sharding is None else sharding.shard
     make_source, dtype = _source_of(config), training_dtype(config)
     options = {"attention": config.model.attention, "task": config.model.task}
     if resumed:
-        model = materialize_zeros(build_meta(model_config, config.loqt, dtype=dtype, **options), device)
+        model = build_meta(model_config, config.loqt, dtype=dtype, **options)
+        model = materialize_zeros(model, device, shard=shard)
         original = _LazySource(lambda: make_source(build_empty(model_config, **options)))
     else:
         say("drawing weights" if config.model.path is None else f"reading weights from {config.model.path}")
@@ -473,6 +501,7 @@ def load_model(
             device=device,
             dtype=dtype,
             ranks=ranks,
+            shard=shard,
             **options,
         )
         if drawn := getattr(source, "drawn", None):
@@ -495,7 +524,9 @@ def load_model(
     if config.train.compile:
         say(f"torch.compile: {compiled.install(model)} blocks, compiled in the first steps")
     if not config.optim.train_full_rank:
-        say(f"frozen parameters: {freeze_full_rank(model, but=task_head_parameters(model)):,}")
+        freeze_full_rank(model, but=task_head_parameters(model))
+        frozen = [p.numel() for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
+        say(f"frozen parameters: {sum(frozen):,}")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"trained parameters: {trained:,}; adapted weights in {config.loqt.quantize_w}")
     return model, original
@@ -520,8 +551,21 @@ def build_engine(
     ds_options: dict[str, Any] | None,
     original: Callable[[str], Tensor],
     ranks: Ranks,
+    sharding: Sharding | None = None,
+    model_config: Any = None,
 ) -> Engine:
-    """DeepSpeed with a DeepSpeed configuration, else one device."""
+    """FSDP2 with a `sharding` (and the model's configuration), DeepSpeed with a DeepSpeed configuration, else one
+    device."""
+    if sharding is not None:
+        from loqt_ds.engines.fsdp import FSDPEngine
+
+        def rebuild() -> nn.Module:
+            options: dict[str, Any] = {"attention": config.model.attention, "task": config.model.task}
+            plain = build_meta(model_config, config.loqt, dtype=training_dtype(config), **options)
+            head.install(plain, kernels=config.model.kernels, task=config.model.task)
+            return plain
+
+        return FSDPEngine(model, config, sharding, original=original, rebuild=rebuild)
     if ds_options is None:
         return SingleEngine(model, config, original=original)
     from loqt_ds.engines.deepspeed import LoQTEngine

@@ -1,8 +1,8 @@
 """Trained state in shards: masters and moments by parameter name, wherever an engine keeps them, and as they are saved.
 
 A shard is one tensor that an optimizer updates, with its state. It holds fragments of parameters: one whole parameter
-on a single device, a slice of a parameter group's flat vector under ZeRO. Engines say which shards they have; reading,
-writing, saving and restoring by parameter name is done here, once.
+on a single device, a slice of a parameter group's flat vector under ZeRO, rows of one parameter under FSDP. Engines say
+which shards they have; reading, writing, saving and restoring by parameter name is done here, once.
 
     Shard          one tensor, its optimizer, its fragments
     ShardedState   this rank's shards: what the controller reads and writes, what a checkpoint holds
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from loqt_ds.checkpoint import Checkpoint, CheckpointError
 from loqt_ds.optim import (
@@ -146,9 +147,11 @@ class ShardedState:
 
     Args:
         shards: of this rank.
-        parameters: all trained parameters by name, whole on every rank.
+        parameters: all trained parameters by name: whole on every rank, or sharded by rows, in which case the shards'
+            values are the parameters' own.
         ranks: who holds the other shards.
-        replicated: whether every rank has all shards, instead of its own part.
+        num_replicas: how often every shard is there: 1, as many as ranks (every rank has all shards), or, where ranks
+            of a group divide them, the number of groups, which are of consecutive ranks.
     """
 
     def __init__(
@@ -157,10 +160,11 @@ class ShardedState:
         parameters: Mapping[str, nn.Parameter],
         *,
         ranks: Ranks = ALONE,
-        replicated: bool = False,
+        num_replicas: int = 1,
     ) -> None:
         self.shards, self._parameters, self._ranks = shards, parameters, ranks
-        self._replicated = replicated or ranks.world_size == 1
+        self._num_replicas, self._group_size = num_replicas, ranks.world_size // num_replicas
+        self._is_whole = self._group_size == 1
         self._places: dict[str, list[tuple[Shard, Fragment]]] = {name: [] for name in parameters}
         for shard in shards:
             for fragment in shard.fragments:
@@ -180,11 +184,11 @@ class ShardedState:
         parameter = self._parameters[name]
         places = self._places[name]
         is_target = self._ranks.rank == target
-        if self._replicated:
+        if self._is_whole:
             (place,) = places
             return read(*place).view(parameter.shape) if is_target else None
         whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-        for shard, fragment in places:
+        for shard, fragment in places if self._ranks.rank < self._group_size else ():  # each shard once
             whole[fragment.source].copy_(read(shard, fragment))
         work = self._ranks.reduce(whole, target)
         if work is not None:
@@ -193,10 +197,9 @@ class ShardedState:
 
     def has_moments(self, name: str) -> bool:
         """Whether the optimizer has moments of a parameter yet; the same on all ranks."""
-        if self._replicated:
-            return bool(self._places[name][0][0].state)
         # Flat partitions are stepped all together, those that hold nothing of this parameter as well.
-        return any(shard.state for shard in self.shards)
+        own = [shard for shard, _ in self._places[name]] or self.shards
+        return any(shard.state for shard in own)
 
     @torch.no_grad()
     def write(self, name: str, value: Tensor) -> None:
@@ -204,7 +207,9 @@ class ShardedState:
         flat = value.reshape(-1)
         for shard, fragment in self._places[name]:
             shard.write(fragment, flat[fragment.source])
-        self._parameters[name].data.copy_(value)  # in place: `.data = ` would leave a flat buffer behind
+        parameter = self._parameters[name]
+        if not isinstance(parameter, DTensor):
+            parameter.data.copy_(value)  # in place: `.data = ` would leave a flat buffer behind
 
     @torch.no_grad()
     def write_moments(self, name: str, first: Tensor, second: Tensor) -> None:
@@ -242,9 +247,7 @@ class ShardedState:
         return {name: tensor for shard in self._own() for name, tensor in shard.saved().items()}
 
     def _own(self) -> list[Shard]:
-        if self._replicated:
-            return self.shards[self._ranks.rank :: self._ranks.world_size]
-        return self.shards
+        return self.shards[self._ranks.rank // self._group_size :: self._num_replicas]
 
     def layout(self) -> list[list[dict[str, Any]]]:
         """JSON: for each rank, its saved shards and what they hold. Collective."""
@@ -258,8 +261,8 @@ class ShardedState:
         """
         saved = checkpoint.metadata["engine_state"][LAYOUT]
         if saved == self.layout():
-            parts = range(len(saved)) if self._replicated else [self._ranks.rank]
-            for part in parts:
+            # of those who have the same shards, and saved some of them each
+            for part in range(self._ranks.rank % self._group_size, len(saved), self._group_size):
                 tensors = checkpoint.tensors("optimizer", part)
                 for shard in self.shards:
                     if any(entry["key"] == shard.key for entry in saved[part]):
@@ -286,8 +289,16 @@ class ShardedState:
             shard.values.data.copy_(master)
         elif shard.is_copy:
             for fragment in shard.fragments:
-                shard.write(fragment, self._parameters[fragment.name].data.view(-1)[fragment.source])
+                shard.write(fragment, _own_values(shard, fragment, self._parameters))
         restore_state(shard.optimizer, shard.slot, own)
+
+
+def _own_values(shard: Shard, fragment: Fragment, parameters: Mapping[str, nn.Parameter]) -> Tensor:
+    """A fragment of a parameter as the parameter itself has it, flat."""
+    parameter = parameters[fragment.name]
+    if isinstance(parameter, DTensor):  # of which the shard is this rank's part
+        return shard.read(fragment)
+    return parameter.detach().reshape(-1)[fragment.source]
 
 
 def _describe(shard: Shard) -> dict[str, Any]:
@@ -361,7 +372,7 @@ def _assemble(
         values, first, second = (torch.zeros(shard.values.numel(), dtype=torch.float32) for _ in range(3))
         for fragment in shard.fragments:
             wanted.setdefault(fragment.name, []).append((shard, fragment))
-            values[fragment.place] = parameters[fragment.name].detach().reshape(-1)[fragment.source].float().cpu()
+            values[fragment.place] = _own_values(shard, fragment, parameters).float().cpu()
         vectors[shard.key] = values, first, second
     smallest: int | None = None
     for saved in _saved_shards(checkpoint, moments=True):

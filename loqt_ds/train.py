@@ -1,8 +1,8 @@
 """Command line: `python -m loqt_ds.train [--config RECIPE] [section.field=value ...]`.
 
-Parse, build, train, finish. `launch/pretrain.py` calls the same `main` with a DeepSpeed configuration, in as many
-processes as its launcher starts; `launch/finetune.py` with one or without, for recipes whose data are examples. What
-goes wrong is caught here and nowhere else (see `failures`).
+Parse, build, train, finish. `launch/pretrain.py` calls the same `main` in as many processes as its launcher starts,
+with a DeepSpeed configuration or engine=fsdp2; `launch/finetune.py` with these or on one device, for recipes whose data
+are examples. What goes wrong is caught here and nowhere else (see `failures`).
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def _num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def parse(arguments: Sequence[str] | None, *, deepspeed: bool, finetune: bool = False) -> argparse.Namespace:
-    """--config, overrides, and --ds_config: required where DeepSpeed runs, optional for fine-tuning."""
+def parse(arguments: Sequence[str] | None, *, launched: bool, finetune: bool = False) -> argparse.Namespace:
+    """--config, overrides, and --ds_config where a launcher may start several processes."""
     what = "Train a language model with LoQT: 4-bit weights, low-rank factors, merged at growing intervals."
     if finetune:
         what = (
@@ -59,7 +59,7 @@ def parse(arguments: Sequence[str] | None, *, deepspeed: bool, finetune: bool = 
         )
     program = "finetune" if finetune else "pretrain"
     parser = argparse.ArgumentParser(
-        prog=f"launch/{program}.py" if deepspeed or finetune else "python -m loqt_ds.train",
+        prog=f"launch/{program}.py" if launched else "python -m loqt_ds.train",
         description=what,
         epilog=help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -69,9 +69,9 @@ def parse(arguments: Sequence[str] | None, *, deepspeed: bool, finetune: bool = 
         default="default",
         help="a recipe: a name in configs/recipes/ or the path of a YAML file (default: %(default)s)",
     )
-    if deepspeed or finetune:
+    if launched:
         parser.add_argument(
-            "--ds_config", required=deepspeed, help="DeepSpeed configuration, such as configs/zero2.json"
+            "--ds_config", help="DeepSpeed configuration, such as configs/zero2.json; without it, engine=fsdp2"
         )
         # The environment says the same, and torchrun says it there only.
         parser.add_argument("--local_rank", "--local-rank", type=int, help="given by the deepspeed launcher; not read")
@@ -90,30 +90,28 @@ def _only_the_first_speaks() -> Iterator[None]:
         yield
 
 
-def main(arguments: Sequence[str] | None = None, *, deepspeed: bool = False, finetune: bool = False) -> int:
-    """`deepspeed`: with --ds_config; `finetune`: with or without, and data that are examples.
+def main(arguments: Sequence[str] | None = None, *, launched: bool = False, finetune: bool = False) -> int:
+    """`launched`: by a launcher, which may start several processes; `finetune`: data are examples.
 
     Returns the exit status: 0, 1 (training failed), 2 (a mistake in the request), 128 + n (signal n).
 
     One of several processes does not return if the run fails, on it or another; it exits with that status.
     """
-    options = parse(arguments, deepspeed=deepspeed, finetune=finetune)
+    options = parse(arguments, launched=launched, finetune=finetune)
     deepspeed = getattr(options, "ds_config", None) is not None
     set_environment()
     from loqt_ds.stopping import sigterm_raises
 
-    if not deepspeed and _num_processes() > 1:
-        with _only_the_first_speaks():
-            what = "launch/finetune.py without --ds_config" if finetune else "`python -m loqt_ds.train`"
-            several = "give --ds_config" if finetune else "launch/pretrain.py with --ds_config in several"
-            text = f"WORLD_SIZE={_num_processes()}: {what} runs in one process; start one, or {several}"
-            print(f"error: {text}", file=sys.stderr)
-        return USAGE_ERROR
     with sigterm_raises():
         try:
             config, problem = _read(options, finetune=finetune)
-            if problem is not None and _num_processes() == 1:
-                raise problem  # at once: joining loads DeepSpeed
+            several = deepspeed or config.engine == "fsdp2"
+            if problem is None and not several:
+                problem = _wrong_start(launched=launched, finetune=finetune)
+            if problem is not None and not (deepspeed and _num_processes() > 1):
+                with _only_the_first_speaks():  # at once: joining loads DeepSpeed
+                    print(f"error: {problem}", file=sys.stderr)
+                return USAGE_ERROR
             voice = _join(config, deepspeed=deepspeed)
         except KeyboardInterrupt as error:
             with _only_the_first_speaks():
@@ -128,6 +126,22 @@ def main(arguments: Sequence[str] | None = None, *, deepspeed: bool = False, fin
         return _run(options, config, problem, voice, deepspeed=deepspeed)
 
 
+def _wrong_start(*, launched: bool, finetune: bool) -> Exception | None:
+    """What is wrong with starting one device's engine like this."""
+    if _num_processes() > 1:
+        what = f"launch/{'finetune' if finetune else 'pretrain'}.py" if launched else "`python -m loqt_ds.train`"
+        return ConfigError(
+            f"WORLD_SIZE={_num_processes()}: {what} without --ds_config and engine=fsdp2 runs in one process; start "
+            "one, or give one of the two" + ("" if launched else " to launch/pretrain.py")
+        )
+    if launched and not finetune:
+        return ConfigError(
+            "launch/pretrain.py: give --ds_config, such as configs/zero2.json, or engine=fsdp2; or start "
+            "`python -m loqt_ds.train`"
+        )
+    return None
+
+
 def _signal_of(error: KeyboardInterrupt) -> signal.Signals:
     from loqt_ds.stopping import Terminated
 
@@ -138,6 +152,11 @@ def _read(options: argparse.Namespace, *, finetune: bool) -> tuple[Config, Excep
     """The configuration, or what is wrong with it: to be told once all processes can hear it."""
     try:
         config = load_config(options.config, options.overrides)
+        if config.engine == "fsdp2" and getattr(options, "ds_config", None) is not None:
+            raise ConfigError(
+                f"engine=fsdp2 with --ds_config {options.ds_config}: DeepSpeed is the other engine; leave one of them "
+                "out"
+            )
         if finetune and config.data.format == "text":
             raise ConfigError(
                 f"launch/finetune.py with data.format=text of --config {options.config}: it trains on examples; give a "
@@ -152,12 +171,16 @@ def _join(config: Config, *, deepspeed: bool) -> Voice:
     """Meets the other processes."""
     from loqt_ds.failures import Voice
 
-    if not deepspeed:
-        return Voice()
-    from loqt_ds.engines.deepspeed import start_distributed
-
     seconds = config.train.collective_timeout_seconds
-    return Voice(start_distributed(timeout_seconds=seconds), timeout_seconds=seconds)
+    if deepspeed:
+        from loqt_ds.engines import deepspeed as engine
+
+        return Voice(engine.start_distributed(timeout_seconds=seconds), timeout_seconds=seconds)
+    if config.engine == "fsdp2":
+        from loqt_ds.engines import fsdp
+
+        return Voice(fsdp.start_distributed(timeout_seconds=seconds), timeout_seconds=seconds)
+    return Voice()
 
 
 def _what_kept_apart(error: Exception) -> str:

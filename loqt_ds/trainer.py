@@ -228,7 +228,7 @@ class Trainer:
             self._logger.say(f"step {done}: {describe_reinit(report.reinit.summary())}")
 
     def _evaluate(self) -> Evaluation:
-        with self._window.paused():
+        with self._window.paused(), self._engine.evaluating(alone=self._evaluator.answers is not None):
             result = self._evaluator(self._engine.network, ranks=self._ranks, tick=ticker(self._logger.say))
             step = self._engine.step_index
             self._logger.event("eval", {"step": step, **result.record()})

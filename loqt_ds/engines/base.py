@@ -7,6 +7,7 @@ or where the trained state lives, is visible to the loop.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -62,6 +63,10 @@ class Engine(Protocol):
     def step(self) -> StepReport | None:
         """Ends a micro-batch. Returns a report when it was the last of the step."""
 
+    def evaluating(self, *, alone: bool) -> AbstractContextManager[None]:
+        """Within it the network may be run without gradients: by all ranks equally often, or with `alone` by each for
+        itself. Collective at both ends."""
+
     def saved_tensors(self) -> dict[str, dict[str, Tensor]]:
         """This rank's part of a checkpoint's tensors by group: "model", "optimizer", "random". Collective.
 
@@ -78,4 +83,5 @@ class Engine(Protocol):
         """On rank 0 the float32 master copies by parameter name, none for parameters that have no copy. Collective."""
 
     def release(self) -> None:
-        """Frees optimizer states and masters; afterwards there is only the model left, and no step to take."""
+        """Frees optimizer states and masters; afterwards rank 0 has the model, and there is no step to take.
+        Collective."""

@@ -13,9 +13,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import socket
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 from loqt_ds.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from loqt_ds.config import Config, TrainConfig
 from loqt_ds.engines.base import StepReport
-from loqt_ds.engines.ds_config import world_size
+from loqt_ds.engines.processes import prepare_to_meet
 from loqt_ds.engines.state import (
     ShardedFactors,
     check_replicas,
@@ -62,18 +61,7 @@ def start_distributed(*, timeout_seconds: int = DEFAULT_TIMEOUT_SECONDS, port: i
     """
     # Its warnings about this engine's choices (an optimizer "untested" with ZeRO) are answered in this room.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if world_size() == 1 and not dist.is_initialized():
-        # The launcher gives every run the same port: a second run on the machine would find it taken.
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", port or 0))
-            free = probe.getsockname()[1]
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free)}
-    if world_size() == 1:
-        os.environ.setdefault("LOCAL_RANK", "0")
-    # Before NCCL meets: it binds a rank to the device that is current then.
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available() and local_rank < torch.cuda.device_count():
-        torch.cuda.set_device(local_rank)
+    prepare_to_meet(port)
     # The shared-memory transport would be compiled at the first start (35 s), for sums within one machine's CPU.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_seconds)}
@@ -127,7 +115,7 @@ class LoQTEngine(DeepSpeedEngine):
                 for group in parameter_groups(model, config.optim)
             ]
         for layer in layers.values():
-            for buffer in (*layer.packed_w().values(), *layer.packed_p().values()):
+            for buffer in layer.packed_tensors().values():
                 # DeepSpeed broadcasts parameters, and leaves buffers to chance.
                 on_device = buffer.to(ranks.device)
                 ranks.broadcast(on_device, 0)
@@ -153,7 +141,8 @@ class LoQTEngine(DeepSpeedEngine):
             self.module.get_submodule(parent)._buffers[child] = value.to(self.device)
         keep_dequantized(self.module, config.loqt)  # of the dtype that the parameters have now
         shards, replicated = self._find_shards()
-        self._state = ShardedState(shards, self._trained, ranks=ranks, replicated=replicated)
+        num_replicas = ranks.world_size if replicated else 1
+        self._state = ShardedState(shards, self._trained, ranks=ranks, num_replicas=num_replicas)
         # Stage 0 in bf16 allocates states by a step without gradients, which counts, and decays the masters.
         self._state.start_anew()
         store = ShardedFactors(self._state)
@@ -365,6 +354,9 @@ class LoQTEngine(DeepSpeedEngine):
         if not self.fp16_enabled():
             return None
         return getattr(self.optimizer, "loss_scaler", None) or getattr(self.optimizer, "loss_scale_config", None)
+
+    def evaluating(self, *, alone: bool) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def masters(self) -> dict[str, Tensor]:
         return self._state.masters()

@@ -25,6 +25,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
 from loqt_ds.config import Config, ConfigError, from_dict, validate_training
+from loqt_ds.engines.processes import world_size
 
 _BATCH_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _HONOURED = (
@@ -75,11 +76,6 @@ _REFUSED_ZERO = {
 _BF16_MASTERS = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
 _PLUGIN_OPTIONS = ("optim", "seed", "max_steps", "collective_timeout_seconds")
 _OPTIMIZERS = ("Adam", "AdamW")
-
-
-def world_size() -> int:
-    """The number of ranks that the launcher has announced."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def read_json(path: str | Path, *, option: str) -> dict[str, Any]:

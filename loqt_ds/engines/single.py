@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -204,7 +205,10 @@ class SingleEngine:
 
         return hook
 
-    # ---------------------------------------------------------------- saving
+    # ---------------------------------------------------------------- outside of training
+
+    def evaluating(self, *, alone: bool) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def saved_tensors(self) -> dict[str, dict[str, Tensor]]:
         assert not self._open, "a checkpoint is taken between steps"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from loqt_ds.checkpoint import Checkpoint, CheckpointError
 from loqt_ds.core.subspace import layer_seed
@@ -53,23 +54,28 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def replicated_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What every rank must hold alike: parameters, and W and P. (Other buffers, say running means, may differ.)"""
-    frozen = {
-        f"{name}.{key}" for name, layer in loqt_layers(model).items() for key, _ in layer.named_buffers(recurse=False)
-    }
+    frozen = {f"{name}.{key}" for name, layer in loqt_layers(model).items() for key in layer.packed_names}
     parameters = {name for name, _ in model.named_parameters()}
     return {name: tensor for name, tensor in model_tensors(model).items() if name in frozen or name in parameters}
 
 
-def own_part(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
+def own_part(model: nn.Module, ranks: Ranks, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The tensors of a model that this rank saves: about as many bytes as each of the others. What is not the same on
-    all ranks is saved as rank 0 has it."""
+    all ranks is saved as rank 0 has it. Sharded ones are gathered, parameters in `dtype`, on the host. Collective."""
     replicated = replicated_tensors(model)
     mine = _share(replicated, ranks)
-    return {
-        name: tensor
-        for name, tensor in model_tensors(model).items()
-        if name in mine or (ranks.is_main and name not in replicated)
-    }
+    own = {}
+    for name, tensor in model_tensors(model).items():
+        whole = gathered(tensor, dtype) if isinstance(tensor, DTensor) else tensor
+        if name in mine or (ranks.is_main and name not in replicated):
+            own[name] = whole.cpu() if isinstance(tensor, DTensor) else whole
+    return own
+
+
+def gathered(tensor: DTensor, dtype: torch.dtype | None) -> Tensor:
+    """A sharded tensor, whole; of floating point in `dtype`. Collective."""
+    whole: Tensor = tensor.full_tensor()
+    return whole if dtype is None or not whole.is_floating_point() else whole.to(dtype)
 
 
 def _share(tensors: dict[str, Tensor], ranks: Ranks) -> set[str]:
@@ -84,25 +90,44 @@ def _share(tensors: dict[str, Tensor], ranks: Ranks) -> set[str]:
     return mine
 
 
-@torch.no_grad()
-def load_model(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Copies parameters and persistent buffers from a checkpoint into a model of the same shape.
+def own_rows(tensor: DTensor) -> slice:
+    """Which rows of a tensor that FSDP shards are this rank's: the first ranks of a group have the same number, the
+    last may have fewer, or none."""
+    mesh = tensor.device_mesh
+    each = -(-tensor.shape[0] // mesh.size(mesh.ndim - 1))
+    start = min(each * mesh.get_local_rank(mesh.ndim - 1), tensor.shape[0])
+    rows = slice(start, min(start + each, tensor.shape[0]))
+    assert tensor.to_local().shape[0] == rows.stop - rows.start
+    return rows
 
-    Raises CheckpointError, naming the first tensor that does not fit, if the checkpoint is of another model.
+
+@torch.no_grad()
+def load_model(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype | None = None) -> None:
+    """Copies parameters and persistent buffers from a checkpoint into a model of the same shape; of sharded ones, this
+    rank's rows.
+
+    `dtype`: in which sharded parameters are saved, which may be kept in a higher precision. Raises CheckpointError,
+    naming the first tensor that does not fit, if the checkpoint is of another model.
     """
     wanted = model_tensors(model)
+    dtypes = {name: tensor.dtype for name, tensor in wanted.items()}
+    if dtype is not None:
+        dtypes |= {n: dtype for n, t in wanted.items() if isinstance(t, DTensor) and t.is_floating_point()}
     found: set[str] = set()
     for part in range(checkpoint.num_parts("model")):  # one file in memory at a time
         for name, source in checkpoint.tensors("model", part).items():
             target = wanted.get(name)
             if target is None:
                 raise CheckpointError(f"{checkpoint.path} belongs to another model: {name} is in the checkpoint only")
-            if source.shape != target.shape or source.dtype != target.dtype:
+            if source.shape != target.shape or source.dtype != dtypes[name]:
                 raise CheckpointError(
                     f"{checkpoint.path} belongs to another model: {name} is {tuple(source.shape)} {source.dtype}, "
-                    f"the model's is {tuple(target.shape)} {target.dtype}"
+                    f"the model's is {tuple(target.shape)} {dtypes[name]}"
                 )
-            target.copy_(source)
+            if isinstance(target, DTensor):
+                target.to_local().copy_(source[own_rows(target)])
+            else:
+                target.copy_(source)
             found.add(name)
     if missing := sorted(set(wanted) - found):
         raise CheckpointError(f"{checkpoint.path} belongs to another model: {missing[0]} is in the model only")
@@ -132,28 +157,44 @@ def digest(tensor: Tensor) -> Tensor:
     return total
 
 
-def check_replicas(model: nn.Module, ranks: Ranks) -> None:
-    """Raises ReplicaMismatch on all ranks, naming what differs, unless all hold the same model bit for bit."""
+def check_replicas(model: nn.Module, ranks: Ranks, *, num_groups: int = 1) -> None:
+    """Raises ReplicaMismatch on all ranks, naming what differs, unless all hold the same model bit for bit.
+
+    `num_groups`: of consecutive ranks over which sharded tensors are divided; those that hold the same part of them
+    are compared.
+    """
     if ranks.world_size == 1:
         return
     tensors = replicated_tensors(model)
-    found = ranks.all_gather(torch.stack([digest(tensor) for tensor in tensors.values()]))  # (ranks, tensors)
-    differing = (found != found[0]).any(0).tolist()
-    names = [name for name, differs in zip(tensors, differing, strict=True) if differs]
-    if not names:
+    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors.values()]
+    found = ranks.all_gather(torch.stack([digest(tensor) for tensor in local]))  # (ranks, tensors)
+    sharded = torch.tensor([isinstance(tensor, DTensor) for tensor in tensors.values()], device=found.device)
+    group_size = ranks.world_size // num_groups
+    alike = [(list(range(ranks.world_size)), ~sharded)]
+    alike += [(list(range(part, ranks.world_size, group_size)), sharded) for part in range(group_size)]
+    differing, said = torch.zeros_like(sharded), []
+    for members, of_these in alike:
+        if (differs := (found[members] != found[members[0]]).any(0) & of_these).any():
+            differing |= differs
+            said.append(_who_differs(found[members][:, of_these], members))
+    if not said:
         return
-    # The values that most ranks have are taken for the right ones.
-    usual = found.mode(dim=0).values
-    odd = [rank for rank, row in enumerate(found) if (row != usual).any()]
-    is_majority = bool((2 * (found == usual).sum(0) > len(found)).all())
-    who = f"rank {', '.join(map(str, odd))} from the others"
-    if not is_majority:
-        who = f"between ranks {', '.join(map(str, range(len(found))))}; too few to tell which is right"
+    names = [name for name, differs in zip(tensors, differing.tolist(), strict=True) if differs]
     more = f" and {len(names) - 8} others" if len(names) > 8 else ""
     raise ReplicaMismatch(
-        f"the ranks no longer hold the same model: {', '.join(names[:8])}{more} differ ({who}); look for failing "
-        "memory there, and go on from the last checkpoint"
+        f"the ranks no longer hold the same model: {', '.join(names[:8])}{more} differ ({', '.join(said)}); look for "
+        "failing memory there, and go on from the last checkpoint"
     )
+
+
+def _who_differs(found: Tensor, members: list[int]) -> str:
+    """Which of `members` (ranks) have other values, by what was found on each, (members, tensors)."""
+    # The values that most ranks have are taken for the right ones.
+    usual = found.mode(dim=0).values
+    if not (2 * (found == usual).sum(0) > len(found)).all():
+        return f"between ranks {', '.join(map(str, members))}; too few to tell which is right"
+    odd = [rank for rank, row in zip(members, found, strict=True) if (row != usual).any()]
+    return f"rank {', '.join(map(str, odd))} from the others"
 
 
 # ---------------------------------------------------------------- random states

@@ -31,7 +31,7 @@ from loqt_ds.memory.formulas import (
     rebuild_bytes,
     update_bytes,
 )
-from loqt_ds.method import compiled, head, lean
+from loqt_ds.method import head, lean, structure
 from loqt_ds.method.conversion import build_meta, loqt_layers, output_head, task_head_parameters
 from loqt_ds.method.description import model_description, training_dtype
 from loqt_ds.method.head import HeadReport
@@ -276,7 +276,7 @@ def plan(
     world_size = 1 if zero is None else zero.world_size
     gathered = [gathered_bytes(layer, config, world_size) for layer in layers]
     # The gradients of a compiled block come all at once.
-    blocks = list(compiled.blocks(model).values()) if config.train.compile else []
+    blocks = list(structure.blocks(model, loqt_layers(model)).values()) if config.train.compile else []
     gathered_at_once = [
         sum(gathered_bytes(layer, config, world_size) for layer in loqt_layers(b).values()) for b in blocks
     ]

@@ -25,24 +25,12 @@ from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from loqt_ds.config import ConfigError
+from loqt_ds.method.conversion import loqt_layers
 from loqt_ds.method.linear import LoQTLinear
+from loqt_ds.method.structure import blocks
 
 # Graphs of one kind of block: two for each shape of a micro-batch. Past torch's 8, a run would end in an error.
 MAX_GRAPHS = 64
-
-
-def blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The blocks of a model by name: items of its outermost lists of modules that all have LoQT layers inside."""
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{block}.") for block in found)
-        if isinstance(module, nn.ModuleList) and not inside and len(module) and all(map(_has_loqt_layer, module)):
-            found |= {f"{name}.{key}".removeprefix("."): child for key, child in module.named_children()}
-    return found
-
-
-def _has_loqt_layer(module: nn.Module) -> bool:
-    return any(isinstance(child, LoQTLinear) for child in module.modules())
 
 
 def install(model: nn.Module, *, backend: str = "inductor") -> int:
@@ -53,7 +41,7 @@ def install(model: nn.Module, *, backend: str = "inductor") -> int:
 
     Raises ConfigError for a model that has no blocks, or blocks that somebody else has given a forward.
     """
-    found = blocks(model)
+    found = blocks(model, loqt_layers(model))
     if not found:
         raise ConfigError(
             f"train.compile=true: {type(model).__name__} has no list of modules with LoQT layers in each; use "

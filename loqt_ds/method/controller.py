@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +53,7 @@ from loqt_ds.core.subspace import (
 from loqt_ds.method.gathered import NUM_PROBES, Gathered, Pending, Step
 from loqt_ds.method.linear import LoQTLinear
 from loqt_ds.method.reports import LayerReport, ReinitReport
+from loqt_ds.method.stores import FactorStore, PackedStore, ReplicatedPacked
 from loqt_ds.ranks import ALONE, Ranks
 
 # loqt.subspace=auto: up to this smaller side of the whole gradient, above of a sketch.
@@ -81,31 +82,6 @@ def subspace_method(layer: LoQTLinear, subspace: str, world_size: int = 1) -> st
         return "iterated" if layer.is_conditional and world_size > 1 else "sketch"
     is_small = smaller <= AUTO_GRAM_LIMIT or layer.rank > AUTO_ITERATED_SHARE * smaller
     return "gram" if is_small else "iterated"
-
-
-class FactorStore(Protocol):
-    """Where the trained factors and their optimizer states live; tensors are shaped like B, in float32.
-
-    Reading is collective where the state is sharded: all ranks call, and `owner` alone gets the tensor.
-    """
-
-    def read(self, name: str, owner: int = 0) -> Tensor | None:
-        """B of a layer in the precision of its master copy."""
-
-    def write(self, name: str, value: Tensor) -> None:
-        """Sets B and this rank's part of its master copy."""
-
-    def has_moments(self, name: str) -> bool:
-        """Whether the optimizer has moments of B yet; the same on all ranks."""
-
-    def moment(self, name: str, index: int, owner: int = 0) -> Tensor | None:
-        """First (0) or second (1) moment of B, which there must be."""
-
-    def set_moments(self, name: str, first: Tensor, second: Tensor) -> None:
-        """Overwrites this rank's part of both moments; the step count stays."""
-
-    def reset_moments(self, name: str) -> None:
-        """Makes the optimizer's state of B that of a new parameter."""
 
 
 def assign_owners(costs: dict[str, float], world_size: int) -> dict[str, int]:
@@ -138,7 +114,9 @@ class Controller:
         original: (name) -> original weight (out, in) for the first initialization of a layer, asked for by the layer's
             owner only; None: the quantized weight is all there is.
         seed: of the Gaussian columns and of random basis columns. No global random number is ever drawn.
-        ranks: the processes that hold replicas of the layers and take the same steps.
+        ranks: the processes that train the same layers and take the same steps.
+        packed: reads and writes W and P; None: every rank has all of them.
+        dtype: of gradients; None: that of B.
     """
 
     def __init__(
@@ -150,8 +128,12 @@ class Controller:
         original: Callable[[str], Tensor] | None,
         seed: int,
         ranks: Ranks = ALONE,
+        packed: PackedStore | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.layers, self.options, self.store, self.ranks = layers, options, store, ranks
+        self.packed = ReplicatedPacked(layers, ranks) if packed is None else packed
+        self._dtype = dtype
         check_experts(options, (name for name, layer in layers.items() if layer.is_conditional), ranks.world_size)
         self.schedule = ReinitSchedule(options.schedule, options.interval, options.growth, options.max_gap)
         costs = {name: self._cost(layer) for name, layer in layers.items()}
@@ -234,7 +216,8 @@ class Controller:
         columns_of_omega = sketch_columns(layer, self.options.sketch_oversampling)
         width = columns_of_omega + NUM_PROBES if sketched else layer.factor_length
         # Sums of sketches lose nothing measurable in bf16; a dense gradient is wanted exactly.
-        dtype = torch.bfloat16 if sketched and layer.B.dtype == torch.bfloat16 else torch.float32
+        is_bf16 = (layer.B.dtype if self._dtype is None else self._dtype) == torch.bfloat16
+        dtype = torch.bfloat16 if sketched and is_bf16 else torch.float32
         total = torch.zeros(layer.basis_shape[0], width, device=layer.B.device, dtype=dtype)
         return Gathered(total, columns, sketched)
 
@@ -425,6 +408,7 @@ class Controller:
                 factors[name] = None if first and self._original is not None else self.store.read(name, owner)
                 if self._carries_moments and not first and self.store.has_moments(name):
                     moments[name] = [self.store.moment(name, index, owner) for index in (0, 1)]
+                self.packed.collect(name, owner)
         mine = [name for name in names if self.owners[name] == self.ranks.rank]
 
         def rebuild() -> list[LayerReport]:
@@ -442,6 +426,7 @@ class Controller:
             if report.kept is None:
                 with part("install"):
                     self._install(report.name, values.get(report.name), projected=report.name in moments)
+            self.packed.release(report.name)
 
     def _rebuild(
         self,
@@ -503,8 +488,7 @@ class Controller:
     def _install(self, name: str, values: list[Tensor] | None, *, projected: bool) -> None:
         """Makes all ranks hold what the owner has made, bit for bit."""
         layer, owner = self.layers[name], self.owners[name]
-        for buffer in (*layer.packed_w().values(), *layer.packed_p().values()):
-            self.ranks.broadcast(buffer, owner)
+        self.packed.install(name, owner)
         num_values = 3 if projected else 1
         if values is None:
             # float32: B goes into masters as it was computed.
@@ -570,10 +554,13 @@ class Controller:
             return
         num_others = 0
         for name, layer in self.layers.items():
-            if name in self._initialized or self.owners[name] != self.ranks.rank:
+            if name in self._initialized:
                 continue
-            packed = quantize(self._original(name).to(layer.B.device, torch.float32), layer.spec_w)
-            num_others += any(not torch.equal(packed[key], stored) for key, stored in layer.packed_w().items())
+            self.packed.collect(name, self.owners[name])
+            if self.owners[name] == self.ranks.rank:
+                packed = quantize(self._original(name).to(layer.B.device, torch.float32), layer.spec_w)
+                num_others += any(not torch.equal(packed[key], stored) for key, stored in layer.packed_w().items())
+            self.packed.release(name)
         if self.ranks.sum_numbers(num_others) != [0]:
             self._original, self._let_go = None, True
 

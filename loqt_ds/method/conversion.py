@@ -27,7 +27,9 @@ from loqt_ds.method.experts import is_expert
 from loqt_ds.method.linear import LoQTLinear
 from loqt_ds.method.sources import WeightSource, checkpoint_files, initializer, persistent_buffers
 from loqt_ds.method.structure import (
+    blocks,
     check_rank,
+    is_in,
     is_transposed,
     matrix_shape,
     output_head,
@@ -43,6 +45,7 @@ from loqt_ds.ranks import ALONE, Ranks
 
 __all__ = [
     "TASKS",
+    "Shard",
     "WeightSource",
     "auto_class",
     "build_empty",
@@ -65,6 +68,10 @@ __all__ = [
     "tie_weights",
     "unpack_experts",
 ]
+
+
+Shard = Callable[[nn.Module, nn.Module], None]
+"""(model, block of it that has just been made): shards the block, before the next is made."""
 
 
 def loqt_layers(model: nn.Module) -> dict[str, LoQTLinear]:
@@ -227,10 +234,11 @@ def build_model(
     attention: str = "sdpa",
     task: str = "causal_lm",
     ranks: Ranks = ALONE,
+    shard: Shard | None = None,
 ) -> tuple[nn.Module, WeightSource]:
     """Builds a transformers model for a task and materializes it in 4 bits (see `materialize`)."""
     model = build_empty(model_config, attention=attention, task=task)
-    return materialize(model, loqt, source, device=device, dtype=dtype, ranks=ranks)
+    return materialize(model, loqt, source, device=device, dtype=dtype, ranks=ranks, shard=shard)
 
 
 @torch.no_grad()
@@ -242,6 +250,7 @@ def materialize(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     ranks: Ranks = ALONE,
+    shard: Shard | None = None,
 ) -> tuple[nn.Module, WeightSource]:
     """Makes, quantizes and releases a model on the meta device layer by layer; one weight at a time is in float32.
 
@@ -252,6 +261,7 @@ def materialize(
         model: its parameters are on the meta device, its buffers are real. It is changed.
         source: makes the weight source for the empty model: `initializer(seed)` or `checkpoint_files(directory)`.
         device, dtype: of the trained parameters and of the computation.
+        shard: called with each block as soon as it is whole, so that no more than one is.
 
     Returns the model, whose P and B are zero, and the source.
     """
@@ -298,6 +308,7 @@ def materialize(
             getattr(made, short).copy_(tensor)
 
     jobs = [(n, m) for n, m in model.named_modules() if own_parameters(m, tied) or persistent_buffers(m)]
+    unsharded = {} if shard is None else blocks(model, linears)
     for start in range(0, len(jobs), ranks.world_size):
         batch = jobs[start : start + ranks.world_size]
         own = batch[ranks.rank] if ranks.rank < len(batch) else None
@@ -316,6 +327,10 @@ def materialize(
                 ranks.broadcast(tensor, owner)
             if name in linears:
                 _replace(model, name, module)
+        to_come = [name for name, _ in jobs[start + ranks.world_size :]]
+        for block in [block for block in unsharded if not any(is_in(name, (block,)) for name in to_come)]:
+            assert shard is not None
+            shard(model, unsharded.pop(block))
     tie_weights(model)
     model.to(device)  # what is left: buffers such as rotary tables
     keep_dequantized(model, loqt)
@@ -325,8 +340,12 @@ def materialize(
 
 
 @torch.no_grad()
-def materialize_zeros(model: nn.Module, device: torch.device | str) -> nn.Module:
-    """Gives every tensor that is on the meta device zeros on `device`, shared ones once; returns the model."""
+def materialize_zeros(model: nn.Module, device: torch.device | str, *, shard: Shard | None = None) -> nn.Module:
+    """Gives every tensor that is on the meta device zeros on `device`, shared ones once; returns the model. `shard` is
+    called with each block as soon as it is whole."""
+    if shard is not None:
+        for block in blocks(model, loqt_layers(model)).values():
+            shard(model, materialize_zeros(block, device))
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for short, parameter in list(module.named_parameters(recurse=False)):

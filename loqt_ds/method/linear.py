@@ -141,7 +141,8 @@ class LoQTLinear(nn.Module):
         dtype: of B and the bias.
         product: factored, merged, or auto for whichever takes fewer operations (see `product_of`).
 
-    W, P and B are zero until they are set. State: uint8 buffers `w_*` and `p_*`, parameters `B` and `bias`.
+    W, P and B are zero until they are set. State: uint8 buffers `w_*` and `p_*` (parameters where an engine shards
+    them), parameters `B` and `bias`.
     """
 
     def __init__(
@@ -176,9 +177,13 @@ class LoQTLinear(nn.Module):
         self.is_conditional = False  # an expert: there are steps in which it is not called
         self.keeps_dequantized = False
         self._kept: tuple[tuple[int, ...], Tensor] | None = None  # W_q, and the versions of the bytes it is of
+        names = []
         for prefix, shape, spec in (("w", self.weight_shape, spec_w), ("p", self.basis_shape, spec_p)):
             for key, num_bytes in packed_layout(shape, spec).items():
-                self.register_buffer(f"{prefix}_{key}", torch.zeros(num_bytes, dtype=torch.uint8, device=device))
+                names.append(f"{prefix}_{key}")
+                self.register_buffer(names[-1], torch.zeros(num_bytes, dtype=torch.uint8, device=device))
+        self.packed_names = tuple(names)
+        self._whole: dict[str, Tensor] | None = None  # the bytes of W and P by name, where they stand for sharded ones
         shape_b = (out_features, rank) if side == "right" else (rank, in_features)
         self.B = nn.Parameter(torch.zeros(shape_b, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
@@ -214,16 +219,31 @@ class LoQTLinear(nn.Module):
         device (T5 does before it calls one); computing with it raises. See `weight_q` and `effective_weight`."""
         return torch.empty(self.weight_shape, dtype=self.B.dtype, device="meta")
 
+    def packed_tensors(self) -> dict[str, Tensor]:
+        """The bytes of W and P themselves, by name: buffers, or parameters after `packed_to_parameters`."""
+        return {name: getattr(self, name) for name in self.packed_names} if self._whole is None else self._whole
+
     def _packed(self, prefix: str) -> Packed:
-        return {name[2:]: b for name, b in self._buffers.items() if b is not None and name.startswith(prefix)}
+        return {name[2:]: tensor for name, tensor in self.packed_tensors().items() if name.startswith(prefix)}
 
     def packed_w(self) -> Packed:
-        """The buffers of W themselves, by key."""
+        """The bytes of W themselves, by key."""
         return self._packed("w_")
 
     def packed_p(self) -> Packed:
-        """The buffers of P themselves, by key."""
+        """The bytes of P themselves, by key."""
         return self._packed("p_")
+
+    def packed_to_parameters(self) -> None:
+        """Makes frozen parameters of the buffers of W and P, for an engine that shards parameters."""
+        for name in self.packed_names:
+            buffer = self._buffers.pop(name)
+            assert buffer is not None
+            self.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
+
+    def hold_whole(self, tensors: dict[str, Tensor] | None) -> None:
+        """Until it is called with None, W and P are these bytes, by name, whole where the layer's own are sharded."""
+        self._whole = tensors
 
     @torch.no_grad()
     def set_w(self, packed: Packed) -> None:
@@ -239,7 +259,7 @@ class LoQTLinear(nn.Module):
 
     def versions(self) -> tuple[int, ...]:
         """Counts of in-place writes to W and P: a backward compares them with those of its forward."""
-        return tuple(buffer._version for buffer in self._buffers.values() if buffer is not None)
+        return tuple(tensor._version for tensor in self.packed_tensors().values())
 
     def weight_q(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dequantized W_q, (out, in). May share memory with the buffer where W is not quantized."""

@@ -36,7 +36,8 @@ class Layer(Protocol):
     handle: Tensor
     B: Any
     bias: Any
-    _buffers: dict[str, Tensor | None]
+
+    def packed_tensors(self) -> dict[str, Tensor]: ...
 
     def multiply(
         self, x: Tensor, factor: Tensor, bias: Tensor | None, *, training: bool, wants_projected: bool
@@ -68,7 +69,7 @@ def register(layer: Layer) -> Tensor:
 
 def call(layer: Layer, x: Tensor) -> Tensor:
     """y (..., out) of x (..., in), for tracing."""
-    packed = [buffer for buffer in layer._buffers.values() if buffer is not None]
+    packed = list(layer.packed_tensors().values())
     training, right = torch.is_grad_enabled(), layer.side == "right"
     columns = layer.rank if training and right and layer.B.requires_grad else 0
     tapped = training and layer.tap is not None

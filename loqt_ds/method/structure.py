@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -40,6 +41,24 @@ def _has_suffix(name: str, suffix: str) -> bool:
     """Whether a name ends with a suffix of whole parts; the number of an expert may be left out."""
     names = [name, name.rpartition(".")[0]] if experts.is_expert(name) else [name]
     return any(n == suffix or n.endswith("." + suffix) for n in names)
+
+
+def blocks(model: nn.Module, adapted: Collection[str]) -> dict[str, nn.Module]:
+    """The blocks of a model by name: items of its outermost lists of modules that all have matrices inside that are
+    `adapted` (names of modules)."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or not len(module) or is_in(name, found):
+            continue
+        items = {f"{name}.{key}".removeprefix("."): child for key, child in module.named_children()}
+        if all(any(is_in(each, (item,)) for each in adapted) for item in items):
+            found |= items
+    return found
+
+
+def is_in(name: str, modules: Collection[str]) -> bool:
+    """Whether a name is of something inside one of `modules`, or of one of these."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def unpack_experts(model: nn.Module, target_modules: str | list[str]) -> None:

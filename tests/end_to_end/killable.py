@@ -20,7 +20,7 @@ def _train(arguments: list[str], deepspeed: bool, log: str, variables: dict[str,
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    raise SystemExit(main(arguments, deepspeed=deepspeed))
+    raise SystemExit(main(arguments, launched=deepspeed))
 
 
 def start(arguments: list[str], *, log: Path, deepspeed: bool = False, **variables: str) -> ForkServerProcess:

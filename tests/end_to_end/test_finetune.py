@@ -217,8 +217,8 @@ def test_the_first_layer_sees_its_gradient_with_frozen_embeddings() -> None:
     dense = LlamaForCausalLM(llama_config())
     model = copy.deepcopy(dense)
     originals = convert(model, config.loqt)
-    num_frozen = freeze_full_rank(model)
-    assert num_frozen == sum(
+    freeze_full_rank(model)
+    assert sum(p.numel() for p in model.parameters() if not p.requires_grad) == sum(
         p.numel() for n, p in dense.named_parameters() if n.removesuffix(".weight") not in originals
     )
     engine = SingleEngine(model, config, original=originals.__getitem__)

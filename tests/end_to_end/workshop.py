@@ -133,7 +133,7 @@ def main(arguments: list[str], *, deepspeed: bool = False, finetune: bool = Fals
     output, errors = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         try:
-            status = command_line(arguments, deepspeed=deepspeed, finetune=finetune)
+            status = command_line(arguments, launched=deepspeed or finetune, finetune=finetune)
         except SystemExit as exit_:  # argparse
             status = int(exit_.code or 0)
     output.flush()

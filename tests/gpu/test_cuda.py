@@ -183,7 +183,7 @@ def test_a_bf16_run_learns_and_exports(tmp_path: Path, extra: tuple[str, ...]) -
 def test_a_deepspeed_run_learns_and_exports(tmp_path: Path, repository: Path, ds_config: str) -> None:
     arguments = ["--ds_config", str(repository / "configs" / ds_config)]
     arguments += _arguments(tmp_path, "run", "train.dtype=bf16", "optim.name=adamw8bit")
-    assert main(arguments, deepspeed=True) == 0
+    assert main(arguments, launched=True) == 0
     losses = _losses(tmp_path / "run")
     assert losses[-1] < 0.8 * losses[0]
 

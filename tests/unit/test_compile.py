@@ -22,7 +22,7 @@ from loqt_ds.config.parsing import find_config_file
 from loqt_ds.config.validation import validate
 from loqt_ds.engines.single import SingleEngine
 from loqt_ds.memory.counting import plan
-from loqt_ds.method import compiled, head, lean
+from loqt_ds.method import compiled, head, lean, structure
 from loqt_ds.method.conversion import build_model, initializer, loqt_layers
 
 
@@ -266,7 +266,8 @@ class Breaking(nn.Module):
 
 def test_a_block_that_is_not_one_graph_is_refused():
     blocks = nn.ModuleList([Breaking()])
-    assert list(compiled.blocks(nn.ModuleDict({"stack": blocks, "rest": Breaking()}))) == ["stack.0"]
+    model = nn.ModuleDict({"stack": blocks, "rest": Breaking()})
+    assert list(structure.blocks(model, loqt_layers(model))) == ["stack.0"]
     compiled.install(blocks, backend="aot_eager")
     with pytest.raises(ConfigError, match=r"train\.compile=true: Breaking cannot be compiled .*train\.compile=false"):
         blocks[0](torch.randn(2, 8))

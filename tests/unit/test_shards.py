@@ -697,7 +697,7 @@ def replicated(ranks: Ranks, kind: str, num_steps: int, *, masters: bool = True)
             optimizer.step()
         values.grad = None
         shards.append(Shard(name, (Fragment(name, 0, value.numel(), 0),), values, values, optimizer, masters))
-    return ShardedState(shards, parameters, ranks=ranks, replicated=True)
+    return ShardedState(shards, parameters, ranks=ranks, num_replicas=ranks.world_size)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
