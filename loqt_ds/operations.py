@@ -33,8 +33,7 @@ from torch import nn
 from loqt_ds.config import Config
 from loqt_ds.core.cross_entropy import KEPT_ELEMENTS
 from loqt_ds.core.quantization import QuantSpec, packed_layout
-from loqt_ds.memory import describe, moment_bytes
-from loqt_ds.memory.counting import Facts
+from loqt_ds.memory import Facts, describe, moment_bytes
 from loqt_ds.memory.formulas import is_norm, widths
 from loqt_ds.method.controller import NUM_PROBES, POWER_ITERATIONS, sketch_columns, subspace_method
 from loqt_ds.method.conversion import output_head

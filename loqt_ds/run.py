@@ -32,7 +32,7 @@ from loqt_ds.evaluation import Evaluator
 from loqt_ds.export import check_export, check_shared_base
 from loqt_ds.export.gguf_tokenizer import read_tokenizer
 from loqt_ds.failures import Voice
-from loqt_ds.memory import Asker, check_fits, device_bytes, needs_lean, zero_of
+from loqt_ds.memory import Asker, check_fits, device_bytes, needs_lean
 from loqt_ds.method import compiled, head, lean
 from loqt_ds.method.controller import check_experts
 from loqt_ds.method.conversion import (
@@ -404,8 +404,7 @@ def _asker(
     config: Config, model_config: Any, device: torch.device, ds_options: dict[str, Any] | None, world_size: int
 ) -> Asker:
     on_device = dataclasses.replace(config, train=dataclasses.replace(config.train, device=device.type))
-    zero = None if ds_options is None else zero_of(ds_options, world_size)
-    return Asker(on_device, vocab_size=int(model_config.vocab_size), zero=zero)
+    return Asker(on_device, vocab_size=int(model_config.vocab_size), world_size=world_size, ds_config=ds_options)
 
 
 def _capacity(config: Config, device: torch.device) -> tuple[int, str]:

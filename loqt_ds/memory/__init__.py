@@ -5,31 +5,38 @@ exactly: packed W and P by `packed_layout`, trained parameters, masters, and mom
 keeps tensors below 4096 elements in 32 bits; others take 2 bytes an element and 8 bytes for each block of 256). What
 comes and goes is estimated.
 
+    facts        the model without its weights
     formulas     bytes of activations, loss, update, re-initialization
-    counting     the plan: entries, and which of them are alive together in which phase
+    division     what of all that a rank has, under ZeRO and FSDP2
+    phases       what is alive together
+    counting     the plan: entries, phases and their peaks
     machine      how much memory there is
     questions    does it fit, how many tokens at once, what would have to be given up
     command      `python tools/plan_memory.py`
 """
 
-from loqt_ds.memory.counting import GIB, LABELS, STAYS, MemoryPlan, Zero, describe, plan, planned_model, zero_of
+from loqt_ds.memory.counting import GIB, LABELS, MemoryPlan, plan
+from loqt_ds.memory.division import Division, division_of
+from loqt_ds.memory.facts import Facts, describe, planned_model
 from loqt_ds.memory.formulas import moment_bytes
 from loqt_ds.memory.machine import device_bytes
+from loqt_ds.memory.phases import STAYS
 from loqt_ds.memory.questions import Asker, check_fits, needs_lean
 
 __all__ = [
     "GIB",
-    "Asker",
     "LABELS",
-    "check_fits",
-    "device_bytes",
     "STAYS",
+    "Asker",
+    "Division",
+    "Facts",
     "MemoryPlan",
-    "Zero",
+    "check_fits",
     "describe",
+    "device_bytes",
+    "division_of",
     "moment_bytes",
     "needs_lean",
     "plan",
     "planned_model",
-    "zero_of",
 ]

@@ -7,12 +7,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from loqt_ds.config import Config, load_config
 from loqt_ds.config.parsing import config_folder
-from loqt_ds.memory.counting import GIB, Zero, zero_of
+from loqt_ds.memory.counting import GIB
 from loqt_ds.memory.machine import CARD_SIZES_GB, USABLE_SHARE, device_bytes
 from loqt_ds.memory.questions import Asker, answer
 
@@ -45,8 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus", type=int, default=1, help="ranks, one on each GPU (default: %(default)s)")
     parser.add_argument(
         "--engine",
-        help="single, the name of a DeepSpeed configuration in configs/ (zero1, zero2), or its file; default: single, "
-        "zero2 for several GPUs",
+        help="single, fsdp2, the name of a DeepSpeed configuration in configs/ (zero1, zero2), or its file; default: "
+        "the recipe's, or single, and zero2 for several GPUs",
     )
     parser.add_argument("--card-gib", type=float, help="memory of the device; default: the CUDA device's, if any")
     parser.add_argument("--vocab-size", type=int, help="rows of embedding and head, where model.vocab_size is auto")
@@ -54,34 +55,48 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _zero(engine: str | None, gpus: int) -> Zero | None:
-    """How the ranks divide their state; None: one process without DeepSpeed."""
-    if gpus < 1:
-        raise ValueError(f"--gpus={gpus} is out of range; it must be at least 1")
-    engine = engine or ("single" if gpus == 1 else "zero2")
-    if engine == "single":
-        if gpus > 1:
-            raise ValueError(f"--engine=single with --gpus={gpus}: one process has one GPU; use --engine=zero2")
-        return None
+def _ds_config(engine: str) -> dict[str, Any]:
+    """The DeepSpeed configuration of that name, or file."""
     folder = config_folder("recipes").parent
     file = Path(engine) if engine.endswith(".json") else folder / f"{engine}.json"
     if not file.is_file():
         there = ", ".join(sorted(path.stem for path in folder.glob("*.json")))
-        raise ValueError(f"--engine={engine}: there is no file {file}; use single, one of {there}, or a .json file")
+        raise ValueError(
+            f"--engine={engine}: there is no file {file}; use single, fsdp2, one of {there}, or a .json file"
+        )
     content = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"--engine={engine}: {file} holds no JSON object; try zero2")
-    return zero_of(content, gpus)
+    return content
 
 
-def _config(options: argparse.Namespace, zero: Zero | None) -> Config:
-    overrides = list(options.overrides)
-    if options.shape is not None:
-        shape = options.shape
-        if not shape.endswith(".json") and not (config_folder("models") / f"{shape}.json").is_file():
-            shape = f"llama_{shape}"
-        least = [each for each in LEAST if zero is None or each != "optim.layerwise=true"]
-        overrides = [f"model.shape={shape}", *least, f"data.sequence_length={_LENGTH}", *overrides]
+def _engine(options: argparse.Namespace) -> str:
+    """Of the command line, or of the recipe; else one that does for the number of GPUs."""
+    gpus = options.gpus
+    if gpus < 1:
+        raise ValueError(f"--gpus={gpus} is out of range; it must be at least 1")
+    of_recipe = load_config(options.config, _overrides(options)).engine
+    engine: str = options.engine or (of_recipe if of_recipe != "auto" else "single" if gpus == 1 else "zero2")
+    if engine == "single" and gpus > 1:
+        raise ValueError(f"--engine=single with --gpus={gpus}: one process has one GPU; use --engine=zero2 or fsdp2")
+    if of_recipe not in ("auto", engine):
+        raise ValueError(f"--engine={engine} with engine={of_recipe}: give one of them, or engine=auto")
+    return engine
+
+
+def _overrides(options: argparse.Namespace, *, least: Sequence[str] = ()) -> list[str]:
+    engine = ["engine=fsdp2"] if options.engine == "fsdp2" else []
+    if options.shape is None:
+        return [*engine, *options.overrides]
+    shape = options.shape
+    if not shape.endswith(".json") and not (config_folder("models") / f"{shape}.json").is_file():
+        shape = f"llama_{shape}"
+    return [f"model.shape={shape}", *engine, *least, f"data.sequence_length={_LENGTH}", *options.overrides]
+
+
+def _config(options: argparse.Namespace, engine: str) -> Config:
+    least = [each for each in LEAST if engine == "single" or each != "optim.layerwise=true"]
+    overrides = _overrides(options, least=least)
     if options.rank is not None:
         overrides.append(f"loqt.rank={options.rank}")
     if options.tokens is not None:
@@ -95,8 +110,6 @@ def _config(options: argparse.Namespace, zero: Zero | None) -> Config:
     config = load_config(options.config, overrides)
     if options.shape is not None and config.name == "default":
         config.name = f"{Path(config.model.shape or '').stem}_r{config.loqt.rank}"
-    if config.optim.layerwise and zero is not None:
-        raise ValueError("optim.layerwise=true: ZeRO updates after the backward; set optim.layerwise=false")
     return config
 
 
@@ -104,11 +117,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the plan and the answers; returns 0, or 2 for what cannot be planned."""
     options = _parser().parse_args(arguments)
     try:
-        zero = _zero(options.engine, options.gpus)
-        config = _config(options, zero)
+        engine = _engine(options)
+        config = _config(options, engine)
         if options.card_gib is not None and not options.card_gib > 0:
             raise ValueError(f"--card-gib={options.card_gib} is out of range; it must be above 0")
-        asker = Asker(config, vocab_size=options.vocab_size, zero=zero)
+        ds_config = None if engine in ("single", "fsdp2") else _ds_config(engine)
+        asker = Asker(config, vocab_size=options.vocab_size, world_size=options.gpus, ds_config=ds_config)
         lines = asker.plan().lines()
         if config.train.lean_activations == "auto":
             lines.append("  train.lean_activations=auto is counted as true; a run with room to spare keeps more")

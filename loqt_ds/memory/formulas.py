@@ -30,7 +30,6 @@ is of another kind, all logits, their log-softmax and its gradient: 12 bytes a t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,15 +44,17 @@ from loqt_ds.method.conversion import loqt_layers, output_head
 from loqt_ds.method.description import training_dtype
 from loqt_ds.method.head import HeadReport
 from loqt_ds.method.linear import LoQTLinear
-from loqt_ds.optim import ROUNDED_AT_ONCE, UPDATE_PIECE
+from loqt_ds.optim import MIN_8BIT_SIZE, ROUNDED_AT_ONCE, UPDATE_PIECE
 
-MIN_8BIT_SIZE = 4096  # bitsandbytes' min_8bit_size
 MOMENT_BLOCKSIZE = 256
 
 
-def moment_bytes(num_elements: int, *, optimizer: str) -> int:
-    """Bytes of Adam's two moments of one tensor: 8 an element in 32 bits; in 8 bits 2, and 8 for each block of 256."""
-    if optimizer == "adamw" or num_elements < MIN_8BIT_SIZE:
+def moment_bytes(num_elements: int, *, optimizer: str, decisive: int | None = None) -> int:
+    """Bytes of Adam's two moments of one tensor: 8 an element in 32 bits; in 8 bits 2, and 8 for each block of 256.
+
+    `decisive`: elements of the tensor whose size says which, where this is a part of it.
+    """
+    if optimizer == "adamw" or (num_elements if decisive is None else decisive) < MIN_8BIT_SIZE:
         return 8 * num_elements
     return 2 * num_elements + 8 * -(-num_elements // MOMENT_BLOCKSIZE)
 
@@ -241,11 +242,11 @@ def loss_bytes(config: Config, description: Any, dtype: torch.dtype, *, head: He
 # ---------------------------------------------------------------- update
 
 
-def update_bytes(parameters: Sequence[nn.Parameter], config: Config) -> int:
-    """Temporaries of an update, which is made of one piece of one parameter at a time: where there is no float32, that
-    of the gradient and of the value; then Adam's, and after it, beside the value, those of rounding a part of it."""
-    piece = min(max(parameter.numel() for parameter in parameters), UPDATE_PIECE)
-    is_low, on_host = parameters[0].dtype != torch.float32, config.train.device == "cpu"
+def update_bytes(num_elements: int, config: Config, *, is_low: bool) -> int:
+    """Temporaries of an update, made of one piece of one tensor of at most `num_elements` at a time: where that is not
+    float32 (`is_low`), those of the gradient and of the value; then Adam's, and after it, beside the value, those of
+    rounding a part of it."""
+    piece, on_host = min(num_elements, UPDATE_PIECE), config.train.device == "cpu"
     without_masters = is_low and config.optim.master == "bf16"
     value, gradient = 4 * without_masters, 4 * is_low
     # bitsandbytes on a CPU dequantizes both moments; on a GPU it makes nothing, as torch's fused Adam

@@ -1,9 +1,10 @@
 """Does it fit; how many tokens at once; what would have to be given up.
 
 What can be given up is tried from what costs least to what costs most: nothing but time to get used to (lean
-activations, layer-wise updates, which compute the same), precision of the trained state (bf16, 8-bit moments, no
-masters), a second quantization, fewer rows at once, fewer rows a step (layer-wise updates without accumulation), a
-third more time (activation checkpointing), a lower rank, and last shorter rows.
+activations, layer-wise updates, which compute the same), traffic between ranks (more of the state sharded, over more of
+them), precision of the trained state (bf16, 8-bit moments, no masters), a second quantization, fewer rows at once,
+fewer rows a step (layer-wise updates without accumulation), a third more time (activation checkpointing), a lower rank,
+and last shorter rows.
 """
 
 from __future__ import annotations
@@ -11,9 +12,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from loqt_ds.config import Config, ConfigError, apply_overrides, validate
-from loqt_ds.memory.counting import GIB, Facts, MemoryPlan, Zero, describe, plan
+from loqt_ds.memory.counting import GIB, MemoryPlan, plan
+from loqt_ds.memory.division import Division, division_of
+from loqt_ds.memory.facts import Facts, describe
 from loqt_ds.method.description import training_dtype
 
 SMALLEST_RANK = 16
@@ -43,11 +48,23 @@ class Asker:
 
     Args:
         config: validated.
-        vocab_size, zero: as of `plan`.
+        vocab_size: as of `plan`.
+        world_size, ds_config: as of `division_of`.
+
+    Raises ConfigError as that does.
     """
 
-    def __init__(self, config: Config, *, vocab_size: int | None = None, zero: Zero | None = None) -> None:
-        self.config, self._vocab_size, self._zero = config, vocab_size, zero
+    def __init__(
+        self,
+        config: Config,
+        *,
+        vocab_size: int | None = None,
+        world_size: int = 1,
+        ds_config: dict[str, Any] | None = None,
+    ) -> None:
+        self.config, self._vocab_size = config, vocab_size
+        self._divide: Callable[[Config], Division] = partial(division_of, world_size=world_size, ds_config=ds_config)
+        self._divide(config)
         self._facts: dict[str, Facts] = {}
 
     def plan(self, *overrides: str) -> MemoryPlan:
@@ -56,15 +73,14 @@ class Asker:
         key = repr((config.model, config.loqt, config.optim.train_full_rank, training_dtype(config)))
         if key not in self._facts:
             self._facts[key] = describe(config, vocab_size=self._vocab_size)
-        return plan(config, zero=self._zero, facts=self._facts[key])
+        return plan(config, division=self._divide(config), facts=self._facts[key])
 
     def _changed(self, *overrides: str) -> Config:
         config = copy.deepcopy(self.config)
         if overrides:
             apply_overrides(config, overrides)
             validate(config)
-            if config.optim.layerwise and self._zero is not None:
-                raise ConfigError("optim.layerwise=true: ZeRO updates after the backward; set optim.layerwise=false")
+            self._divide(config)
         return config
 
     def largest_micro_batch(self, capacity: int) -> int:
@@ -186,9 +202,20 @@ def _shorter_rows(config: Config) -> Levels:
     return [(f"data.sequence_length={length}",) for length in _halved(config.data.sequence_length, SHORTEST_ROWS)]
 
 
+def _sharded(config: Config) -> Levels:
+    """W and P too, which then cannot be kept dequantized."""
+    if config.engine != "fsdp2" or config.fsdp.shard_frozen:
+        return []
+    uncached = ("loqt.dequantized_cache_gib=0",) if config.loqt.dequantized_cache_gib else ()
+    return [("fsdp.shard_frozen=true", *uncached)]
+
+
 _LEVERS: tuple[Callable[[Config], Levels], ...] = (
     _switch("train.lean_activations", "true", lambda config: config.train.lean_activations is False),
     _switch("optim.layerwise", "true", lambda config: not config.optim.layerwise),
+    _switch("fsdp.reshard_after_forward", "true", lambda config: not config.fsdp.reshard_after_forward),
+    _sharded,
+    _switch("fsdp.num_replicas", "1", lambda config: config.fsdp.num_replicas > 1),
     _switch("train.dtype", "bf16", lambda config: training_dtype(config).itemsize == 4),
     _switch("optim.name", "adamw8bit", lambda config: config.optim.name != "adamw8bit"),
     _switch("optim.master", "bf16", lambda config: config.optim.master != "bf16"),

@@ -18,7 +18,9 @@ from loqt_ds.config import load_config
 ALL = sorted((REPOSITORY / "configs" / "recipes").glob("*.yaml"))
 MODELS = {path: yaml.safe_load(path.read_text(encoding="utf-8")).get("model", {}) for path in ALL}
 # Those that pretrain from drawn weights; what starts from a checkpoint or has another task has tests of its own.
-RECIPES = [path for path, model in MODELS.items() if "shape" in model and "task" not in model]
+SHAPED = [path for path, model in MODELS.items() if "shape" in model and "task" not in model]
+OF_SEVERAL_RANKS = [path for path in SHAPED if "\nengine: fsdp2\n" in path.read_text(encoding="utf-8")]
+RECIPES = [path for path in SHAPED if path not in OF_SEVERAL_RANKS]
 DEEPSPEED = sorted((REPOSITORY / "configs").glob("*.json"))
 
 # What makes a twin small. Everything else is the recipe's: schedule, compensation, double quantization, subspace,
@@ -127,6 +129,22 @@ def test_the_twin_of_a_recipe_runs_to_a_reloaded_export(
             if f"{section}.{field}" in overridden or value == "auto":
                 continue
             assert got[section][field] == value, f"{section}.{field}"
+
+
+@pytest.mark.parametrize("recipe", OF_SEVERAL_RANKS, ids=lambda path: path.stem)
+def test_the_twin_of_a_recipe_for_several_ranks_runs_on_two(
+    recipe: Path, workshop: Workshop, hub: Path, tmp_path: Path
+) -> None:
+    """Through to a reloaded export, which such a recipe may leave to a larger machine."""
+    run = tmp_path / "run"
+    arguments = ["--config", recipe.stem, *twin(recipe, workshop, hub, run), "export.format=nf4"]
+    statuses, printed = run_ranks([arguments] * 2, folder=tmp_path)
+    assert statuses == [0, 0], printed
+    assert sorted(losses(run)) == [1, 2, 3, 4, 5] and len(events(run, "reinit")) >= 2
+    (export,) = events(run, "export")
+    assert export["perplexity"] == pytest.approx(export["perplexity_trained"], rel=0.1)
+    got = load_config(run / "config.yaml")
+    assert got.engine == "fsdp2" and got.fsdp == load_config(recipe).fsdp
 
 
 def test_the_twins_keep_what_makes_recipes_different() -> None:

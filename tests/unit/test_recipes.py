@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from loqt_ds.config import Config, ConfigError, load_config, save_yaml
 from loqt_ds.core.schedules import ReinitSchedule
-from loqt_ds.memory import plan
+from loqt_ds.memory import division_of, plan
 from loqt_ds.memory.machine import USABLE_SHARE
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -31,6 +31,7 @@ SHAPES = {
     "7b": (4096, 11008, 32, 32),
     "13b": (5120, 13824, 40, 40),
 }
+LLAMA2_70B = (8192, 28672, 80, 64)
 # Recipes that start from a checkpoint, which a command line names: what they are planned with in its place.
 INSTEAD = {
     "continue_llama2_7b_icelandic": ["model.shape=llama_7b"],
@@ -74,6 +75,10 @@ def test_model_shapes(path: Path) -> None:
         got = loaded.hidden_size, loaded.intermediate_size, loaded.num_hidden_layers, loaded.num_attention_heads
         assert got == SHAPES[size]
         assert (loaded.vocab_size, loaded.tie_word_embeddings, loaded.rms_norm_eps) == (32000, False, 1e-6)
+    if size == "70b":
+        got = loaded.hidden_size, loaded.intermediate_size, loaded.num_hidden_layers, loaded.num_attention_heads
+        assert (*got, loaded.num_key_value_heads) == (*LLAMA2_70B, 8)
+        assert (loaded.vocab_size, loaded.tie_word_embeddings, loaded.rms_norm_eps) == (32000, False, 1e-5)
 
 
 @pytest.mark.parametrize("path", [path for path in RECIPES if path.stem in INSTEAD], ids=lambda path: path.stem)
@@ -103,9 +108,12 @@ def test_recipes(path: Path, tmp_path: Path) -> None:
     assert config.name == path.stem
     save_yaml(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
-    result = plan(config, vocab_size=32_128 if config.data.tokenizer == "t5-base" else None)
-    named = re.fullmatch(r"pretrain_\w+_(\d+)gb", path.stem)
-    size = 24 if named is None else int(named[1])
+    named = re.fullmatch(r"(?:pretrain|fsdp2)_[^_]+_(?:(\d+)x)?(\d+)gb", path.stem)
+    num_cards, size = (1, 24) if named is None else (int(named[1] or 1), int(named[2]))
+    division = division_of(config, world_size=num_cards)
+    assert (num_cards > 1) == (config.engine == "fsdp2")
+    vocab_size = 32_128 if config.data.tokenizer == "t5-base" and config.model.vocab_size == "auto" else None
+    result = plan(config, vocab_size=vocab_size, division=division)
     assert result.total_gib < size * USABLE_SHARE, "\n".join(result.lines())
     peak = re.search(rf"\| {path.stem} \|.*\| (below )?([\d.]+) GiB, (\w+) \|", TABLE)
     assert peak is not None and peak[3] in ("bfloat16", "float32")
