@@ -7,10 +7,10 @@ master, or in bf16 with stochastic rounding (`optim.master`); what is computed w
 rank's rows of a parameter are updated by an optimizer of their own, so that 8-bit moments come in blocks of 256 of the
 rank's rows; whether a parameter has them is decided by its whole size.
 
-W and P are buffers of bytes that FSDP leaves alone, whole on every rank; or, with `fsdp.shard_frozen`, frozen uint8
-parameters, which it shards, gathers with the block that they belong to, and prefetches as it does any other. At a
-re-initialization a layer's owner collects their bytes from the ranks of its group, and scatters the new ones
-(`ShardedPacked`).
+W and P are buffers of bytes that FSDP leaves alone, whole on every rank; or, with `fsdp.shard_frozen`, frozen
+parameters, which it shards, gathers with the block that they belong to, and prefetches as it does any other (the bytes
+as words of the training dtype, so that nothing is cast). At a re-initialization a layer's owner collects their bytes
+from the ranks of its group, and scatters the new ones (`ShardedPacked`).
 
 With `fsdp.num_replicas` the ranks are that many groups of consecutive ranks, each of which holds everything.
 """
@@ -38,13 +38,12 @@ from loqt_ds.engines.processes import prepare_to_meet
 from loqt_ds.engines.state import (
     ShardedFactors,
     check_replicas,
-    gathered,
     load_model,
-    model_tensors,
     own_part,
     own_rows,
     random_tensors,
     restore_random,
+    whole_tensors,
 )
 from loqt_ds.method.controller import Controller
 from loqt_ds.method.conversion import loqt_layers, task_head_parameters
@@ -115,8 +114,8 @@ class Sharding:
             freeze_full_rank(model, but=task_head_parameters(model))  # before precision is chosen: they need no master
         if self.frozen:
             for layer in loqt_layers(block).values():
-                if not any(name in layer._parameters for name in layer.packed_names):
-                    layer.packed_to_parameters()
+                if not layer.packed_bytes.keys() & layer._parameters.keys():
+                    layer.packed_to_parameters(self.dtype)
         if self._config.optim.master == "fp32":
             for parameter in block.parameters():
                 if parameter.requires_grad and not isinstance(parameter, DTensor):
@@ -140,7 +139,7 @@ class ShardedPacked:
         size = sharding.group_size
         self._own_group, self._place = divmod(sharding.ranks.rank, size)
         # As they are while no block is gathered.
-        self._shards = {n: {k: getattr(layer, k) for k in layer.packed_names} for n, layer in layers.items()}
+        self._shards = {n: {k: getattr(layer, k) for k in layer.packed_bytes} for n, layer in layers.items()}
 
     def _split(self, owner: int) -> tuple[bool, int, bool]:
         """Of a layer's owner: whether it is in this rank's group, its place in its group, whether it is this rank."""
@@ -154,12 +153,11 @@ class ShardedPacked:
             return
         whole = {}
         for key, shard in self._shards[name].items():
-            each = self._each(shard)
-            own = nn.functional.pad(shard.to_local(), (0, each - shard.to_local().numel()))
+            own = nn.functional.pad(local := _local_bytes(shard), (0, self._each(shard) - local.numel()))
             parts = [torch.empty_like(own) for _ in range(self._sharding.group_size)] if is_owner else None
             dist.gather(own, parts, group=self._sharding.group, group_dst=place)
             if parts is not None:
-                whole[key] = torch.cat(parts)[: shard.numel()]
+                whole[key] = torch.cat(parts)[: self._layers[name].packed_bytes[key]]
         if is_owner:
             self._layers[name].hold_whole(whole)
 
@@ -168,7 +166,7 @@ class ShardedPacked:
         in_group, place, is_owner = self._split(owner)
         sharding = self._sharding
         for key, shard in self._shards[name].items():
-            local, each = shard.to_local(), self._each(shard)
+            local, each = _local_bytes(shard), self._each(shard)
             received = local.new_empty(each)
             if in_group:
                 parts = None
@@ -186,7 +184,12 @@ class ShardedPacked:
 
     def _each(self, shard: DTensor) -> int:
         """Bytes of the largest part."""
-        return -(-shard.numel() // self._sharding.group_size)
+        return -(-shard.numel() // self._sharding.group_size) * shard.dtype.itemsize
+
+
+def _local_bytes(shard: DTensor) -> Tensor:
+    """This rank's part as bytes, the same memory."""
+    return shard.to_local().view(torch.uint8)
 
 
 class FSDPEngine:
@@ -219,6 +222,7 @@ class FSDPEngine:
                     self.ranks.broadcast(buffer, 0)
         sharding.shard(model, model)
         self._model = model
+        self._stream: Any = None  # of the device, on which the model is computed
         self._generator = torch.Generator(self.device)  # of rounding, seeded for every update
         self._parameters: dict[str, nn.Parameter] = {}
         self._optimizers: dict[str, ParameterOptimizer] = {}
@@ -282,6 +286,7 @@ class FSDPEngine:
         return self._model(**inputs)
 
     def backward(self, loss: Tensor) -> None:
+        self._stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         (loss / self._config.train.gradient_accumulation_steps).backward()
         if self._in_last_micro_batch:
             self.controller.backward_complete()
@@ -295,7 +300,9 @@ class FSDPEngine:
 
         def hook(_: Tensor) -> None:
             if self._in_last_micro_batch:
-                self.controller.gradient_complete(layer)
+                # FSDP calls hooks on a stream of its own; what the taps gathered is computed on the model's.
+                with torch.cuda.stream(self._stream):  # of no effect where there is none
+                    self.controller.gradient_complete(layer)
 
         return hook
 
@@ -399,10 +406,9 @@ class FSDPEngine:
         del self._state, self.controller.store, self.controller.packed
         device = torch.device("cpu") if self._sharding.frozen else self.device
         plain = self._rebuild() if self.ranks.is_main else None
-        for name, tensor in model_tensors(self._model).items():
-            whole = gathered(tensor, self._sharding.dtype) if isinstance(tensor, DTensor) else tensor
+        for name, tensor in whole_tensors(self._model, self._sharding.dtype):
             if plain is not None:
-                _put(plain, name, whole.to(device))
+                _put(plain, name, tensor.detach().to(device))
         if plain is not None:
             self._model, self.device = plain.to(device), device
 

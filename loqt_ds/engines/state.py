@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -54,7 +56,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def replicated_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What every rank must hold alike: parameters, and W and P. (Other buffers, say running means, may differ.)"""
-    frozen = {f"{name}.{key}" for name, layer in loqt_layers(model).items() for key in layer.packed_names}
+    frozen = {f"{name}.{key}" for name, layer in loqt_layers(model).items() for key in layer.packed_bytes}
     parameters = {name for name, _ in model.named_parameters()}
     return {name: tensor for name, tensor in model_tensors(model).items() if name in frozen or name in parameters}
 
@@ -65,17 +67,28 @@ def own_part(model: nn.Module, ranks: Ranks, *, dtype: torch.dtype | None = None
     replicated = replicated_tensors(model)
     mine = _share(replicated, ranks)
     own = {}
-    for name, tensor in model_tensors(model).items():
-        whole = gathered(tensor, dtype) if isinstance(tensor, DTensor) else tensor
+    for name, tensor in whole_tensors(model, dtype):
         if name in mine or (ranks.is_main and name not in replicated):
-            own[name] = whole.cpu() if isinstance(tensor, DTensor) else whole
+            own[name] = tensor.cpu() if isinstance(replicated.get(name), DTensor) else tensor
     return own
 
 
-def gathered(tensor: DTensor, dtype: torch.dtype | None) -> Tensor:
-    """A sharded tensor, whole; of floating point in `dtype`. Collective."""
-    whole: Tensor = tensor.full_tensor()
-    return whole if dtype is None or not whole.is_floating_point() else whole.to(dtype)
+def whole_tensors(model: nn.Module, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of `model_tensors`, each as one device has it: of what is sharded one after another is gathered,
+    parameters in `dtype`, W and P as bytes. Collective."""
+    num_bytes = _packed_bytes(model)
+    for name, tensor in model_tensors(model).items():
+        if not isinstance(tensor, DTensor):
+            yield name, tensor
+        elif name in num_bytes:
+            yield name, tensor.full_tensor().view(torch.uint8)[: num_bytes[name]]
+        else:
+            yield name, tensor.full_tensor().to(dtype)
+
+
+def _packed_bytes(model: nn.Module) -> dict[str, int]:
+    """How many bytes of W and P there are, by name in the model."""
+    return {f"{n}.{key}": size for n, layer in loqt_layers(model).items() for key, size in layer.packed_bytes.items()}
 
 
 def _share(tensors: dict[str, Tensor], ranks: Ranks) -> set[str]:
@@ -109,28 +122,37 @@ def load_model(model: nn.Module, checkpoint: Checkpoint, *, dtype: torch.dtype |
     `dtype`: in which sharded parameters are saved, which may be kept in a higher precision. Raises CheckpointError,
     naming the first tensor that does not fit, if the checkpoint is of another model.
     """
-    wanted = model_tensors(model)
-    dtypes = {name: tensor.dtype for name, tensor in wanted.items()}
-    if dtype is not None:
-        dtypes |= {n: dtype for n, t in wanted.items() if isinstance(t, DTensor) and t.is_floating_point()}
+    wanted, num_bytes = model_tensors(model), _packed_bytes(model)
+    kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for name, target in wanted.items():
+        if isinstance(target, DTensor) and name in num_bytes:
+            kinds[name] = (num_bytes[name],), torch.uint8
+        else:
+            kinds[name] = tuple(target.shape), dtype if isinstance(target, DTensor) and dtype else target.dtype
     found: set[str] = set()
     for part in range(checkpoint.num_parts("model")):  # one file in memory at a time
         for name, source in checkpoint.tensors("model", part).items():
-            target = wanted.get(name)
-            if target is None:
+            if name not in wanted:
                 raise CheckpointError(f"{checkpoint.path} belongs to another model: {name} is in the checkpoint only")
-            if source.shape != target.shape or source.dtype != dtypes[name]:
+            if (tuple(source.shape), source.dtype) != kinds[name]:
                 raise CheckpointError(
                     f"{checkpoint.path} belongs to another model: {name} is {tuple(source.shape)} {source.dtype}, "
-                    f"the model's is {tuple(target.shape)} {dtypes[name]}"
+                    f"the model's is {kinds[name][0]} {kinds[name][1]}"
                 )
-            if isinstance(target, DTensor):
-                target.to_local().copy_(source[own_rows(target)])
-            else:
-                target.copy_(source)
+            _load(wanted[name], source)
             found.add(name)
     if missing := sorted(set(wanted) - found):
         raise CheckpointError(f"{checkpoint.path} belongs to another model: {missing[0]} is in the model only")
+
+
+def _load(target: Tensor, source: Tensor) -> None:
+    """Copies a tensor; into a sharded one this rank's rows, and bytes as the words that they are sharded in."""
+    if not isinstance(target, DTensor):
+        target.copy_(source)
+        return
+    if source.dtype == torch.uint8:
+        source = nn.functional.pad(source, (0, -source.numel() % target.dtype.itemsize)).view(target.dtype)
+    target.to_local().copy_(source[own_rows(target)])
 
 
 # ---------------------------------------------------------------- replicas

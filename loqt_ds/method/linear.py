@@ -177,12 +177,11 @@ class LoQTLinear(nn.Module):
         self.is_conditional = False  # an expert: there are steps in which it is not called
         self.keeps_dequantized = False
         self._kept: tuple[tuple[int, ...], Tensor] | None = None  # W_q, and the versions of the bytes it is of
-        names = []
+        self._num_bytes: dict[str, int] = {}
         for prefix, shape, spec in (("w", self.weight_shape, spec_w), ("p", self.basis_shape, spec_p)):
             for key, num_bytes in packed_layout(shape, spec).items():
-                names.append(f"{prefix}_{key}")
-                self.register_buffer(names[-1], torch.zeros(num_bytes, dtype=torch.uint8, device=device))
-        self.packed_names = tuple(names)
+                self._num_bytes[f"{prefix}_{key}"] = num_bytes
+                self.register_buffer(f"{prefix}_{key}", torch.zeros(num_bytes, dtype=torch.uint8, device=device))
         self._whole: dict[str, Tensor] | None = None  # the bytes of W and P by name, where they stand for sharded ones
         shape_b = (out_features, rank) if side == "right" else (rank, in_features)
         self.B = nn.Parameter(torch.zeros(shape_b, dtype=dtype, device=device))
@@ -219,9 +218,19 @@ class LoQTLinear(nn.Module):
         device (T5 does before it calls one); computing with it raises. See `weight_q` and `effective_weight`."""
         return torch.empty(self.weight_shape, dtype=self.B.dtype, device="meta")
 
+    @property
+    def packed_bytes(self) -> dict[str, int]:
+        """How many bytes of W and P there are, by the names of the tensors."""
+        return dict(self._num_bytes)
+
     def packed_tensors(self) -> dict[str, Tensor]:
-        """The bytes of W and P themselves, by name: buffers, or parameters after `packed_to_parameters`."""
-        return {name: getattr(self, name) for name in self.packed_names} if self._whole is None else self._whole
+        """The bytes of W and P themselves, uint8 by name: buffers, or views of parameters (`packed_to_parameters`)."""
+        if self._whole is not None:
+            return self._whole
+        tensors = {name: getattr(self, name) for name in self._num_bytes}
+        if isinstance(next(iter(tensors.values())), nn.Parameter):
+            return {name: words.view(torch.uint8)[: self._num_bytes[name]] for name, words in tensors.items()}
+        return tensors
 
     def _packed(self, prefix: str) -> Packed:
         return {name[2:]: tensor for name, tensor in self.packed_tensors().items() if name.startswith(prefix)}
@@ -234,12 +243,14 @@ class LoQTLinear(nn.Module):
         """The bytes of P themselves, by key."""
         return self._packed("p_")
 
-    def packed_to_parameters(self) -> None:
-        """Makes frozen parameters of the buffers of W and P, for an engine that shards parameters."""
-        for name in self.packed_names:
+    def packed_to_parameters(self, dtype: torch.dtype) -> None:
+        """Makes frozen parameters of the buffers of W and P, for an engine that shards parameters: words of a dtype
+        that it does not cast, with zeros up to whole ones. (FSDP2 of torch up to 2.11 casts integers too.)"""
+        for name, num_bytes in self._num_bytes.items():
             buffer = self._buffers.pop(name)
             assert buffer is not None
-            self.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
+            words = nn.functional.pad(buffer, (0, -num_bytes % dtype.itemsize)).view(dtype)
+            self.register_parameter(name, nn.Parameter(words, requires_grad=False))
 
     def hold_whole(self, tensors: dict[str, Tensor] | None) -> None:
         """Until it is called with None, W and P are these bytes, by name, whole where the layer's own are sharded."""
