@@ -32,7 +32,7 @@ from loqt_ds.evaluation import Evaluator
 from loqt_ds.export import check_export, check_shared_base
 from loqt_ds.export.gguf_tokenizer import read_tokenizer
 from loqt_ds.failures import Voice
-from loqt_ds.memory import Asker, check_fits, device_bytes, needs_lean
+from loqt_ds.memory import Asker, check_fits, device_bytes, division_of, needs_lean
 from loqt_ds.method import compiled, head, lean
 from loqt_ds.method.controller import check_experts
 from loqt_ds.method.conversion import (
@@ -69,6 +69,7 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
+_LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")  # of transformers' models that leave out blocks
 VISIBLE_SECONDS = 30.0  # for a directory made on one node to be seen on another
 
 
@@ -197,10 +198,7 @@ def _check_options(
         from loqt_ds.engines.ds_config import check_deepspeed
 
         ds_options = check_deepspeed(ds_config, config)
-    if config.engine == "fsdp2":
-        from loqt_ds.engines.fsdp import check_fsdp
-
-        check_fsdp(config, world_size)
+    division_of(config, world_size=world_size, ds_config=ds_options)  # refuses what cannot be divided
     lean.check_kernels(config.model.kernels, [device])
     if config.train.compile:
         compiled.check_compiler(device)
@@ -323,6 +321,13 @@ def check_model(config: Config, world_size: int = 1) -> None:
     options = {"attention": config.model.attention, "task": config.model.task}
     model = build_meta(model_config, config.loqt, dtype=training_dtype(config), **options)
     check_experts(config.loqt, (n for n, layer in loqt_layers(model).items() if layer.is_conditional), world_size)
+    dropped = [name for name in _LAYERDROP if getattr(model_config, name, None)]
+    if dropped and config.engine == "fsdp2" and world_size > 1:
+        raise ConfigError(
+            f"engine=fsdp2 with {dropped[0]}={getattr(model_config, dropped[0])} of the model: a rank that leaves out "
+            f"a block would not take part in gathering it; set {dropped[0]} to 0 in the model's config.json, or use "
+            "DeepSpeed (--ds_config)"
+        )
     if config.train.compile:
         compiled.install(model)  # refuses models without blocks
     if config.model.path is not None:

@@ -18,6 +18,7 @@ With `fsdp.num_replicas` the ranks are that many groups of consecutive ranks, ea
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -31,7 +32,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from loqt_ds.checkpoint import Checkpoint
-from loqt_ds.config import Config, ConfigError
+from loqt_ds.config import Config
 from loqt_ds.core.subspace import layer_seed
 from loqt_ds.engines.base import StepReport
 from loqt_ds.engines.processes import prepare_to_meet
@@ -72,14 +73,6 @@ def start_distributed(*, timeout_seconds: int) -> Ranks:
     return Ranks(dist.new_group(timeout=timeout), device=device)
 
 
-def check_fsdp(config: Config, world_size: int) -> None:
-    """Raises ConfigError where the ranks cannot be divided as `config.fsdp` says."""
-    num = config.fsdp.num_replicas
-    if world_size % num:
-        possible = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
-        raise ConfigError(f"fsdp.num_replicas={num} does not divide {world_size} ranks; use one of {possible}")
-
-
 class Sharding:
     """Which ranks share what, and how a module is sharded over them. Made by all ranks together.
 
@@ -94,6 +87,10 @@ class Sharding:
         self.group_size = ranks.world_size // self.num_groups
         self.frozen = config.fsdp.shard_frozen and self.group_size > 1
         self.dtype = training_dtype(config)
+        if config.train.compile:
+            # What a compiled block returns is a view, which a model must not change in place: none of transformers does
+            # that to what a block returns.
+            warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
         grid = torch.arange(ranks.world_size).view(self.num_groups, self.group_size)
         device_type = ranks.device.type
         if self.num_groups == 1:

@@ -117,7 +117,7 @@ def run_command(words: list[str], clone: Path) -> None:
         collect(words, clone)
     elif program == ".ci/run":
         check_script(words, clone)
-    elif program == "deepspeed" and "launch/pretrain.py" in rest:
+    elif program in ("deepspeed", "torchrun") and "launch/pretrain.py" in rest:
         run_training(words, clone)
     elif program == "python" and rest[:2] == ["-m", "loqt_ds.train"]:
         if "--help" in rest:
