@@ -75,18 +75,28 @@ def sleep(what: str, seconds: float) -> Act:
     return act
 
 
-def plant(what: str, *, step: int, count: int = 1, layer: int = 0) -> None:
-    """Makes `what` happen in step `step` of this process."""
+def engine_class(arguments: list[str]) -> Any:
+    """Of the engine that a command line asks for."""
+    if "engine=fsdp2" in arguments:
+        from loqt_ds.engines.fsdp import FSDPEngine
+
+        return FSDPEngine
+    from loqt_ds.engines.deepspeed import LoQTEngine
+
+    return LoQTEngine
+
+
+def plant(engine: Any, what: str, *, step: int, count: int = 1, layer: int = 0) -> None:
+    """Makes `what` happen in step `step` of this process, which trains with an `engine` of that class."""
     import torch
 
     import loqt_ds.checkpoint.saving as saving
     import loqt_ds.trainer
     from loqt_ds.data.prefetch import StepBatches
-    from loqt_ds.engines.deepspeed import LoQTEngine
     from loqt_ds.method.controller import Controller
 
-    if what == "killed in a step":  # the others are in ZeRO's reduction
-        before(LoQTEngine, "backward", step, end_by(signal.SIGKILL, what))
+    if what == "killed in a step":  # the others are in the engine's reduction
+        before(engine, "backward", step, end_by(signal.SIGKILL, what))
     elif what == "killed in a re-initialization":  # one layer of this rank is new already
         before(Controller, "_rebuild", step, end_by(signal.SIGKILL, what), call=2)
     elif what == "killed in a save":  # one group of its part is written
@@ -94,19 +104,22 @@ def plant(what: str, *, step: int, count: int = 1, layer: int = 0) -> None:
     elif what == "killed before the rename":  # everything is written, and has no name yet
         before(saving, "_put_in_place", step, end_by(signal.SIGKILL, what))
     elif what == "frozen in a step":  # all its threads
-        before(LoQTEngine, "backward", step, end_by(signal.SIGSTOP, what))
+        before(engine, "backward", step, end_by(signal.SIGSTOP, what))
     elif what == "hangs between steps":  # the others are in a sum of ours
         before(StepBatches, "take", step, sleep(what, 3600))
-    elif what == "hangs in a step":  # the others are in ZeRO's reduction
-        before(LoQTEngine, "backward", step, sleep(what, 3600))
+    elif what == "hangs in a step":  # the others are in the engine's reduction
+        before(engine, "backward", step, sleep(what, 3600))
     elif what == "out of data":
         before(StepBatches, "take", step, raise_(StopIteration(), what))
     elif what == "unreadable file":
         before(StepBatches, "take", step, raise_(OSError(errno.EIO, "Input/output error", "data.bin"), what))
+    elif what == "full disk":  # one group of its part is written
+        no_space = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
+        before(saving, "write_safetensors", step, raise_(no_space, what), call=2)
     elif what == "bug":
         before(StepBatches, "take", step, raise_(KeyError("no such thing"), what))
-    elif what == "out of memory":  # the others are in ZeRO's reduction
-        before(LoQTEngine, "backward", step, raise_(torch.OutOfMemoryError("CUDA out of memory"), what))
+    elif what == "out of memory":  # the others are in the engine's reduction
+        before(engine, "backward", step, raise_(torch.OutOfMemoryError("CUDA out of memory"), what))
     elif what == "one bit":
         before(StepBatches, "take", step, lambda *_: flip(what, layer))
     elif what == "slow":  # so that a test can do something while steps are taken
@@ -128,13 +141,17 @@ def plant(what: str, *, step: int, count: int = 1, layer: int = 0) -> None:
 
 
 def flip(what: str, layer: int) -> None:
-    """Changes one bit of a layer's 4-bit weights."""
+    """Changes one bit of a layer's 4-bit weights, or of this rank's shard of them."""
+    import torch
+    from torch.distributed.tensor import DTensor
+
     from loqt_ds.method.conversion import loqt_layers
 
     strike(what)
     found = loqt_layers(Moment.trainer._engine.network)
     codes = list(found.values())[layer].w_codes
-    codes.view(-1)[7] ^= 16
+    local = codes.to_local() if isinstance(codes, DTensor) else codes
+    local.view(-1).view(torch.uint8)[7] ^= 16
 
 
 def watch_steps() -> None:
@@ -154,12 +171,13 @@ def main(arguments: list[str] | None = None) -> int:
     from loqt_ds.train import main as train
     from loqt_ds.train import set_environment
 
+    arguments = sys.argv[1:] if arguments is None else arguments
     set_environment()
     watch_steps()
     for fault in json.loads(os.environ.get("LOQT_FAULTS", "[]")):
         if fault.pop("rank") == int(os.environ["RANK"]):
-            plant(fault.pop("what"), **fault)
-    return train(arguments, deepspeed=True)
+            plant(engine_class(arguments), fault.pop("what"), **fault)
+    return train(arguments, launched=True)
 
 
 if __name__ == "__main__":
