@@ -18,21 +18,24 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import llama_config, lm_loss
+from helpers import VOCAB, llama_config, lm_loss
 from torch import Tensor, nn
 
 from loqt_ds.checkpoint import load_checkpoint, save_checkpoint
-from loqt_ds.config import Config
+from loqt_ds.config import Config, FSDPConfig
 from loqt_ds.engines.base import StepReport
 from loqt_ds.engines.deepspeed import LoQTEngine, start_distributed
 from loqt_ds.engines.ds_config import check_deepspeed
-from loqt_ds.method.conversion import build_model, initializer
+from loqt_ds.engines.fsdp import FSDPEngine, Sharding
+from loqt_ds.engines.state import whole_tensors
+from loqt_ds.method.conversion import build_meta, build_model, initializer
 from loqt_ds.ranks import Ranks
 
 COLLECTIVE_TIMEOUT_SECONDS = 30
@@ -42,6 +45,7 @@ PRELOADED = [
     "transformers.models.llama.modeling_llama",
     "bitsandbytes",
     "loqt_ds.engines.deepspeed",
+    "loqt_ds.engines.fsdp",
     "loqt_ds.run",
     "loqt_ds.finish",
 ]
@@ -161,25 +165,40 @@ def caught(action: Callable[[], Any]) -> str:
 # ---------------------------------------------------------------- an engine, and its steps
 
 
+def lesson(step: int, *, rows: int = 8, length: int = 16) -> Tensor:
+    """(rows, length + 1) token ids of a rule that can be learned, a function of the step alone: of three tokens, two
+    follow from the one before."""
+    draw = torch.Generator().manual_seed(5000 + step)
+    ids = torch.randint(0, VOCAB, (rows, length + 1), generator=draw)
+    follow = torch.rand(rows, length + 1, generator=draw) < 2 / 3
+    for position in range(1, length + 1):
+        ids[:, position] = torch.where(follow[:, position], (3 * ids[:, position - 1] + 1) % VOCAB, ids[:, position])
+    return ids
+
+
 def build(
     ranks: Ranks,
     config: Config,
     *,
     stage: int = 2,
     zero: dict[str, Any] | None = None,
+    fsdp: dict[str, Any] | None = None,
     shape: dict[str, Any] | None = None,
     prepare: Callable[[nn.Module], None] | None = None,
     seed: int = 0,
     description: Any = None,
     **ds_config: Any,
-) -> LoQTEngine:
-    """A tiny converted Llama of two layers under ZeRO, or a model of another description.
+) -> Any:
+    """A tiny converted Llama of two layers, or a model of another description, under ZeRO, or, with options of `fsdp`,
+    under FSDP2.
 
-    At rank 7 its factors have 5404 elements; of four ranks each keeps 1351, which ends inside of a layer. `zero` is
-    added to the section of that name, other names to the whole.
+    At rank 7 its factors have 5404 elements; of four ranks ZeRO gives each 1351, which ends inside of a layer. `zero`
+    is added to the section of that name, other names to the whole. `fsdp` may ask for more groups than there are ranks.
     """
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
     description = description or llama_config(**({"num_hidden_layers": 2} | (shape or {})))
+    if fsdp is not None:
+        return _build_fsdp(ranks, config, fsdp, description, prepare=prepare, seed=seed)
     model, source = build_model(description, config.loqt, initializer(seed), dtype=dtype)
     if prepare is not None:
         prepare(model)
@@ -190,6 +209,36 @@ def build(
         file.flush()
         complete = check_deepspeed(file.name, config)
     return LoQTEngine(model, config, complete, ranks=ranks, original=source.weight)
+
+
+def _build_fsdp(
+    ranks: Ranks,
+    config: Config,
+    fsdp: dict[str, Any],
+    description: Any,
+    *,
+    prepare: Callable[[nn.Module], None] | None,
+    seed: int,
+) -> FSDPEngine:
+    """As `run.build_engine` has it: the blocks are sharded as they are made, the rest by the engine."""
+    options = FSDPConfig(**fsdp)
+    options.num_replicas = min(options.num_replicas, ranks.world_size)
+    config = replace(config, engine="fsdp2", fsdp=options)
+    sharding = Sharding(config, ranks)
+    dtype, shard = sharding.dtype, sharding.shard
+    model, source = build_model(description, config.loqt, initializer(seed), dtype=dtype, ranks=ranks, shard=shard)
+    if prepare is not None:
+        prepare(model)
+
+    def rebuild() -> nn.Module:
+        return build_meta(description, config.loqt, dtype=dtype)
+
+    return FSDPEngine(model, config, sharding, original=source.weight, rebuild=rebuild)
+
+
+def _config(engine: Any) -> Config:
+    config: Config = engine._loqt_config if isinstance(engine, LoQTEngine) else engine._config
+    return config
 
 
 def step_on(
@@ -205,7 +254,7 @@ def step_on(
     poison: (rank) -> what the loss is multiplied by. between: called after each micro-batch's backward.
     """
     ranks: Ranks = engine.ranks
-    num, losses, report = engine.gradient_accumulation_steps(), [], None
+    num, losses, report = _config(engine).train.gradient_accumulation_steps, [], None
     for number, part in enumerate(ids.chunk(num)):
         own = part.chunk(ranks.world_size)[ranks.rank]
         loss = lm_loss(engine, own)
@@ -227,19 +276,20 @@ def fingerprint(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def held(engine: LoQTEngine) -> dict[str, str]:
-    """Fingerprints of all W, P and B, and of everything else of the model."""
-    state = dict(engine.network.named_parameters()) | dict(engine.network.named_buffers())
+def held(engine: Any) -> dict[str, str]:
+    """Fingerprints of all W, P and B, and of everything else of the model; of what is sharded, whole. Collective."""
+    dtype = torch.bfloat16 if _config(engine).train.dtype == "bf16" else torch.float32
+    state = dict(engine.network.named_buffers()) | dict(whole_tensors(engine.network, dtype))
     return {name: fingerprint(tensor) for name, tensor in state.items()}
 
 
-def held_factors(engine: LoQTEngine) -> dict[str, str]:
+def held_factors(engine: Any) -> dict[str, str]:
     """Fingerprints of W, P and B only."""
     layers = tuple(f"{name}." for name in engine.controller.layers)
     return {name: value for name, value in held(engine).items() if name.startswith(layers)}
 
 
-def own_state(engine: LoQTEngine) -> dict[str, str]:
+def own_state(engine: Any) -> dict[str, str]:
     """Fingerprints of what this rank alone keeps: masters and moments."""
     return {name: fingerprint(tensor) for name, tensor in engine.saved_tensors()["optimizer"].items()}
 

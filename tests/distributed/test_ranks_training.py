@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import VOCAB, llama_config, make_config
+from helpers import llama_config, make_config
 from helpers import save as save_single
 from helpers import train_step as train_single
-from ranks import build, held, held_factors, launch, restore, step_on
-from torch import Tensor
+from ranks import build, held, held_factors, launch, lesson, restore, step_on
 
 from loqt_ds.config import Config
 from loqt_ds.engines.single import SingleEngine
@@ -25,17 +24,6 @@ from loqt_ds.ranks import Ranks
 ROWS = 8  # of a global batch
 START = 3  # the step that runs begin at, where they begin with a trained state
 UNQUANTIZED = {"quantize_w": "none", "quantize_p": "none", "compensation_steps": 0}
-
-
-def lesson(step: int, *, rows: int = ROWS, length: int = 16) -> Tensor:
-    """(rows, length + 1) token ids of a rule that can be learned, a function of the step alone: of three tokens, two
-    follow from the one before."""
-    draw = torch.Generator().manual_seed(5000 + step)
-    ids = torch.randint(0, VOCAB, (rows, length + 1), generator=draw)
-    follow = torch.rand(rows, length + 1, generator=draw) < 2 / 3
-    for position in range(1, length + 1):
-        ids[:, position] = torch.where(follow[:, position], (3 * ids[:, position - 1] + 1) % VOCAB, ids[:, position])
-    return ids
 
 
 def configuration(world_size: int, case: dict[str, Any]) -> Config:
