@@ -190,7 +190,7 @@ def chosen_suite(options: argparse.Namespace) -> Suite:
     suite = scaled(SUITES[options.suite], options.steps)
     suite = replace(suite, seeds=options.seeds or suite.seeds, jobs=options.jobs or suite.jobs)
     if options.search is not None:
-        suite = replace(suite, search=SEARCH if options.search == "yes" else ())
+        suite = replace(suite, search=(suite.search or SEARCH) if options.search == "yes" else ())
     if options.methods is not None:
         unknown = set(options.methods) - set(contenders_of(suite))
         if unknown:
@@ -210,7 +210,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seeds", type=int, help="how many, from 0 on")
     made.add_argument("--steps", type=int, help="of every run that goes on")
     made.add_argument("--base-steps", type=int, help=f"of pretraining (default: {BASE.steps:,})")
-    made.add_argument("--search", choices=("yes", "no"), help="try half and twice the stored rates with seed 0")
+    made.add_argument("--search", choices=("yes", "no"), help="try multiples of the stored rates with seed 0")
     made.add_argument("--jobs", type=int, help="runs at a time (default: 1)")
     made.add_argument("--minutes", type=float, help=f"of this call, at least {LEAST_MINUTES:g}: runs pause then")
     made.add_argument("--work", type=Path, default=Path("runs/adapt"), help="where runs go (default: runs/adapt)")

@@ -91,7 +91,7 @@ SUITES = {
             | {"eval_tokens": 12288, "final_tokens": 12288}
             | {"rows": 4, "length": 512},  # at 256 almost half of the examples would be too long
             seeds=3,
-            search=(1.0, 0.5, 2.0),
+            search=(1.0, 0.5, 2.0, 0.25),
             vocabulary=VOCABULARY,
             jobs=1,
             rates=NOMERGE_RATES,
