@@ -34,5 +34,9 @@ def real_data() -> Path:
 def no_process_group_left() -> Iterator[None]:
     """Ends a process group that a module's tests started in this process: DeepSpeed asks it for the number of ranks."""
     yield
-    if "deepspeed" in sys.modules and sys.modules["torch"].distributed.is_initialized():
-        sys.modules["deepspeed"].comm.destroy_process_group()
+    if "torch" not in sys.modules or not sys.modules["torch"].distributed.is_initialized():
+        return
+    if "deepspeed" in sys.modules and sys.modules["deepspeed"].comm.is_initialized():
+        sys.modules["deepspeed"].comm.destroy_process_group()  # and what it keeps of its own
+    else:
+        sys.modules["torch"].distributed.destroy_process_group()

@@ -437,7 +437,7 @@ def _inactive_rules(config: Config) -> Iterator[tuple[bool, str, str, tuple[Any,
     corpus = data.path is None and data.name is None
     task = config.model.task
     for name in ("shard_frozen", "num_replicas", "reshard_after_forward"):
-        yield config.engine != "fsdp2", f"fsdp.{name}", f"with engine={config.engine}", ()
+        yield config.engine != "fsdp2", f"fsdp.{name}", f"with engine={config.engine} (engine=fsdp2 has it)", ()
     yield task != "classification", "model.num_labels", f"with model.task={task}", ()
     yield config.export.format != "adapter", "export.base", f"with export.format={config.export.format}", ()
     yield never, "loqt.interval", "with loqt.schedule=never", ()
