@@ -68,7 +68,14 @@ def start_server() -> None:
             os.environ["OMP_NUM_THREADS"] = before
 
 
-def launch(world_size: int, function: Callable[..., Any], *, timeout_seconds: float = 120, **arguments: Any) -> list:
+def launch(
+    world_size: int,
+    function: Callable[..., Any],
+    *,
+    timeout_seconds: float = 120,
+    collective_timeout_seconds: int = COLLECTIVE_TIMEOUT_SECONDS,
+    **arguments: Any,
+) -> list:
     """What `function(ranks, **arguments)` returns on each of `world_size` ranks; it must be a function of a module.
 
     Results may hold what JSON holds, and tensors. Fails the test if a rank raises, dies, or is not done in time.
@@ -82,7 +89,16 @@ def launch(world_size: int, function: Callable[..., Any], *, timeout_seconds: fl
         processes = [
             multiprocessing.get_context("forkserver").Process(
                 target=_member,
-                args=(rank, world_size, port, folder, timeout_seconds, function, arguments),
+                args=(
+                    rank,
+                    world_size,
+                    port,
+                    folder,
+                    timeout_seconds,
+                    collective_timeout_seconds,
+                    function,
+                    arguments,
+                ),
             )
             for rank in range(world_size)
         ]
@@ -123,6 +139,7 @@ def _member(
     port: int,
     folder: Path,
     timeout_seconds: float,
+    collective_timeout_seconds: int,
     function: Callable[..., Any],
     arguments: dict[str, Any],
 ) -> None:
@@ -144,7 +161,7 @@ def _member(
                 "MASTER_PORT": str(port),
                 "DS_ACCELERATOR": "cpu",
             }
-            ranks = start_distributed(timeout_seconds=COLLECTIVE_TIMEOUT_SECONDS)
+            ranks = start_distributed(timeout_seconds=collective_timeout_seconds)
             torch.save(function(ranks, **arguments), folder / f"result_{rank}")
             ranks.barrier()
             status = 0
