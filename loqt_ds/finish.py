@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -75,24 +75,37 @@ def describe_frequencies(loss: float, task: str) -> str:
 
 def make_room(
     network: nn.Module, device: torch.device, num_bytes: int, *, limit_gib: float | None = None, say: Say
-) -> None:
+) -> torch.device:
     """Moves the trained network to the host where the card, or the limit on it, has no room for `num_bytes` beside it:
     a card that training fills as planned would otherwise run out of memory after the last step. The export is then made
-    on the host."""
+    on the host.
+
+    Returns where the exported model is loaded: the host, if the card has no room for it alone (of weights that were
+    sharded over several)."""
     if device.type != "cuda":
-        return
-    free, _ = torch.cuda.mem_get_info(device)
-    allocated = torch.cuda.memory_allocated(device)
-    free += torch.cuda.memory_reserved(device) - allocated
-    if limit_gib is not None:
-        free = min(free, int(limit_gib * 2**30) - allocated)
-    if num_bytes > free:
+        return device
+    if num_bytes > (free := _free_bytes(device, limit_gib)):
         say(
             f"{device} has no room for the exported model ({num_bytes / 2**30:.2f} GiB) beside the trained one "
             f"({free / 2**30:.2f} GiB are free): the export is made and compared on the host"
         )
         network.to("cpu")
         torch.cuda.empty_cache()
+        if num_bytes > (free := _free_bytes(device, limit_gib)):
+            say(
+                f"{device} has no room for it alone ({free / 2**30:.2f} GiB): it is loaded and evaluated on the host, "
+                "which takes long; a smaller eval.max_tokens shortens it"
+            )
+            return torch.device("cpu")
+    return device
+
+
+def _free_bytes(device: torch.device, limit_gib: float | None) -> int:
+    """What this process may still use of a CUDA device."""
+    free, _ = torch.cuda.mem_get_info(device)
+    allocated = torch.cuda.memory_allocated(device)
+    free += torch.cuda.memory_reserved(device) - allocated
+    return free if limit_gib is None else min(free, int(limit_gib * 2**30) - allocated)
 
 
 def _export_directory(run: Run) -> Path | None:
@@ -119,7 +132,7 @@ def _export(run: Run, trained: Evaluation, finished: Finished, say: Say) -> nn.M
     # As much again for the evaluation, and what answers need.
     needed = planned["export_model"] + 2 * planned["export_workspace"] + planned["answers"]
     limit_gib = config.train.memory_limit_gib
-    make_room(run.engine.network, run.engine.device, needed, limit_gib=limit_gib, say=say)
+    device = make_room(run.engine.network, run.engine.device, needed, limit_gib=limit_gib, say=say)
     report = export_model(
         run.engine.network,
         model_config=run.model_config,
@@ -130,9 +143,8 @@ def _export(run: Run, trained: Evaluation, finished: Finished, say: Say) -> nn.M
         base_dir=None if config.export.base is None else Path(config.export.base),
         say=say,
     )
-    device = run.engine.device
     reloaded = load_export(report.output_dir, device=str(device))
-    result = run.evaluator(reloaded, tick=ticker(say))
+    result = replace(run.evaluator, device=device)(reloaded, tick=ticker(say))
     run.logger.event(
         "export",
         {
@@ -183,7 +195,7 @@ def sample(
 
 def _say_samples(run: Run, model: nn.Module, say: Say) -> None:
     """Continuations of the first tokens of held-out rows; of questions, the answers."""
-    options, tokenizer, device = run.config.eval, run.tokenizer, run.engine.device
+    options, tokenizer, device = run.config.eval, run.tokenizer, next(model.parameters()).device
     say("")
     if run.data.questions:
         prompts = [question.prompt for question in run.data.questions[: options.num_samples]]

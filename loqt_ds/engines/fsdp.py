@@ -407,7 +407,7 @@ class FSDPEngine:
             if plain is not None:
                 _put(plain, name, tensor.detach().to(device))
         if plain is not None:
-            self._model, self.device = plain.to(device), device
+            self._model = plain.to(device)
 
 
 def _local(tensor: Any) -> Tensor:

@@ -267,20 +267,29 @@ def test_a_run_keeps_all_activations_where_there_is_room(shape: str) -> None:
     assert resolved(scarce, before=False).lean_activations is True
 
 
+@pytest.mark.parametrize("size", [10, 1])
 @pytest.mark.parametrize(("free", "limit"), [(1000, None), (99, None), (1000, 120), (1000, 119)])
-def test_a_full_card_exports_from_the_host(monkeypatch: pytest.MonkeyPatch, free: int, limit: int | None) -> None:
-    limit_gib = None if limit is None else limit / 2**30
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free - 10, 10**9))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 30)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
-    network, said = torch.nn.Linear(2, 2, device="meta"), list[str]()
+def test_a_full_card_exports_from_the_host(
+    monkeypatch: pytest.MonkeyPatch, free: int, limit: int | None, size: int
+) -> None:
+    """Of 20 bytes that are allocated, the network has `size`: without it there is room, or is none."""
+    limit_gib, card, host = None if limit is None else limit / 2**30, torch.device("cuda", 0), torch.device("cpu")
     moved: list[Any] = []
+    lowered = 0 if limit in (None, 120) else 9
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free - 10 - (9 if free == 99 else 0), 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20 + lowered - size * len(moved))
+    network, said = torch.nn.Linear(2, 2, device="meta"), list[str]()
     monkeypatch.setattr(network, "to", moved.append)
-    make_room(network, torch.device("cuda", 0), 100, limit_gib=limit_gib, say=said.append)
-    fits = free == 1000 and limit != 119
-    assert (moved, len(said)) == (([], 0) if fits else (["cpu"], 1))
-    make_room(network, torch.device("cpu"), 100, limit_gib=limit_gib, say=said.append)
-    assert len(said) == (not fits)
+    where = make_room(network, card, 100, limit_gib=limit_gib, say=said.append)
+    if free == 1000 and limit != 119:
+        assert (where, moved, said) == (card, [], [])
+    else:
+        assert moved == ["cpu"] and where == (card if size == 10 else host)
+        assert len(said) == (1 if size == 10 else 2) and ("eval.max_tokens" in said[-1]) == (size == 1)
+    moved.clear()
+    said.clear()
+    assert make_room(network, host, 100, limit_gib=limit_gib, say=said.append) == host and (moved, said) == ([], [])
 
 
 # ---------------------------------------------------------------- the machine
