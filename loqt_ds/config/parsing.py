@@ -48,10 +48,11 @@ class _StrictLoader(yaml.SafeLoader):
 # ---------------------------------------------------------------------------------------------------------------- types
 
 
-def field_types(cls: Any) -> dict[str, Any]:
+@functools.cache  # it is asked for at every option that is read, and most of the time of reading them went there
+def field_types(cls: Any) -> Mapping[str, Any]:
     """Field name -> resolved type of a dataclass, in the order of declaration."""
     hints = get_type_hints(cls)
-    return {item.name: hints[item.name] for item in dataclasses.fields(cls)}
+    return types.MappingProxyType({item.name: hints[item.name] for item in dataclasses.fields(cls)})
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
