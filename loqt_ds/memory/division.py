@@ -28,7 +28,8 @@ is (measured in benchmarks/results/ranks). FSDP2 gathers a block into one buffer
 blocks' bytes, either both of one block or, in the backward, of one block and of the next one's buffer. With
 fsdp.reshard_after_forward=false all blocks stay gathered. A block's gradients wait in train.dtype, beside the float32
 buffer of the reduction before; those of the head wait through the whole backward, for the embedding's. At a
-re-initialization a layer's owner holds its bytes beside the parts they are put together from.
+re-initialization a layer's owner holds its bytes beside the parts they are put together from. On a CPU, gloo sums
+gradients in a copy of their float32 buffer: 8 bytes each instead of e + 4.
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ def kept(config: Config, facts: Facts, division: Division) -> dict[str, int]:
     groups = _groups(facts)
     own = [piece for group in groups for piece in pieces(group, division)]
     num_own, num_trained = sum(piece.numel for piece in own), num_elements(facts.trained)
-    weights_w, projections_p = _packed(facts.layers, division)
+    weights_w, projections_p = _packed(facts.layers, facts, division)
     updates_at_once = config.optim.layerwise and config.train.gradient_accumulation_steps == 1
     gradients = 0 if updates_at_once else e * num_trained
     if division.layout == "rows":
@@ -185,13 +186,19 @@ def kept(config: Config, facts: Facts, division: Division) -> dict[str, int]:
     }
 
 
-def _packed(layers: Iterable[LoQTLinear], division: Division) -> tuple[int, int]:
+def bytes_share(num_bytes: int, *, parts: int, word: int) -> int:
+    """The fullest of the parts of packed bytes, which are cut between words of the training dtype's size."""
+    return -(-num_bytes // (word * parts)) * word
+
+
+def _packed(layers: Iterable[LoQTLinear], facts: Facts, division: Division) -> tuple[int, int]:
     """Bytes of (W, P) of some layers on the fullest rank."""
-    parts = division.parts if division.frozen else 1
     sums = [0, 0]
     for layer in layers:
         for index, (shape, spec) in enumerate(((layer.weight_shape, layer.spec_w), (layer.basis_shape, layer.spec_p))):
-            sums[index] += sum(-(-num_bytes // parts) for num_bytes in packed_layout(shape, spec).values())
+            for size in packed_layout(shape, spec).values():
+                cut = bytes_share(size, parts=division.parts, word=facts.dtype.itemsize)
+                sums[index] += cut if division.frozen else size
     return sums[0], sums[1]
 
 
@@ -252,7 +259,7 @@ def _rows_in_flight(
     root = [p for p in (*facts.factors.values(), *facts.others.values()) if id(p) not in inside]
     alone = [layer for layer in facts.layers if id(layer.B) not in inside]
     gathered = [
-        _gathered_bytes(list(block.parameters()), list(loqt_layers(block).values()), e, division)
+        _gathered_bytes(list(block.parameters()), list(loqt_layers(block).values()), facts, division)
         for block in facts.blocks
     ]
     output = getattr(output_head(facts.model), "weight", None)
@@ -261,28 +268,53 @@ def _rows_in_flight(
     num_late = num_elements(late)
     num_early = num_elements(p for p in root if p.requires_grad) - num_late
     at_once = sum(gathered) if division.keeps_gathered else min(parts, 2) * max(gathered, default=0)
+    # The embedding is made first, and sharded last.
+    embedding = max(0, e * num_late - parameter_bytes(late, config, facts, division))
     # Ranks make a module each, so that some of the next block are there when one is complete, and sharded.
     made = [_made_bytes(block, config, facts, division) for block in facts.blocks]
     num_modules = min((sum(1 for m in b.modules() if m._parameters) for b in facts.blocks), default=1)
     ahead = min(division.world_size - 1, num_modules) / num_modules
     return {
         "new_gradient": e * num_early,
-        "buckets": (e + 4) * max(map(num_elements, new), default=0),
-        "root_buckets": e * num_late + 4 * (num_early + num_late),
-        "gathered_root": _gathered_bytes(root, alone, e, division),
+        "buckets": (8 if _sums_in_a_copy(config, division) else e + 4) * max(map(num_elements, new), default=0),
+        "root_buckets": _root_reduction_bytes(root, num_late, config, facts, division),
+        "gathered_root": _gathered_bytes(root, alone, facts, division),
         "gathered_blocks": at_once,
         "gathered_all": sum(gathered),
-        "reinit_packed": max(sum(_packed([layer], Division())) for layer in facts.layers) if division.frozen else 0,
-        "start_block": int((1 + ahead) * max(made, default=0)) + e * num_late,
+        "reinit_packed": max(sum(_packed([layer], facts, Division())) for layer in facts.layers)
+        if division.frozen
+        else 0,
+        "start_block": int((1 + ahead) * max(made, default=0)) + embedding,
         "start_root": sum(_value_width(config, facts) * p.numel() if p.requires_grad else e * p.numel() for p in root),
     }
+
+
+def _sums_in_a_copy(config: Config, division: Division) -> bool:
+    """Whether what is reduced is there twice, as gloo has it."""
+    return config.train.device == "cpu" and division.parts > 1
+
+
+def _root_reduction_bytes(
+    root: Sequence[nn.Parameter], num_late: int, config: Config, facts: Facts, division: Division
+) -> int:
+    """Of the last reduction, beside all gradients that a step leaves: first the whole gradients and their float32
+    buffer; then, of the whole ones the last alone, the buffer and what comes out of it."""
+    e, width = facts.dtype.itemsize, _value_width(config, facts)
+    trained = [parameter for parameter in root if parameter.requires_grad]
+    num, num_own = num_elements(trained), sum(rows_share(p.shape, division.parts) for p in trained)
+    accumulates = config.train.gradient_accumulation_steps > 1
+    before = (e + 4) * num - (0 if accumulates else width * num_own)
+    # What comes out is the gradient itself, if it need not be added to that of another micro-batch, or rounded.
+    beside = 4 * num_own if accumulates or width != 4 else 0
+    after = (8 if _sums_in_a_copy(config, division) else 4) * num + beside + (e * num_late if division.parts > 1 else 0)
+    return max(before, after)
 
 
 def _made_bytes(block: nn.Module, config: Config, facts: Facts, division: Division) -> int:
     """Of a block before it is sharded: its parameters, in float32 where this is their master, and W and P if these are
     sharded."""
     whole = parameter_bytes(list(block.parameters()), config, facts, replace(division, parts=1))
-    return whole + (sum(_packed(loqt_layers(block).values(), Division())) if division.frozen else 0)
+    return whole + (sum(_packed(loqt_layers(block).values(), facts, Division())) if division.frozen else 0)
 
 
 def _whole_bytes(config: Config, facts: Facts, division: Division) -> int:
@@ -295,9 +327,10 @@ def _whole_bytes(config: Config, facts: Facts, division: Division) -> int:
 
 
 def _gathered_bytes(
-    parameters: Sequence[nn.Parameter], layers: Sequence[LoQTLinear], width: int, division: Division
+    parameters: Sequence[nn.Parameter], layers: Sequence[LoQTLinear], facts: Facts, division: Division
 ) -> int:
     """Of parameters, and of W and P of some layers where these are sharded, as all ranks' parts come together: whole
     ones, and what fills up the last rank's part."""
     values = sum(rows_share(parameter.shape, division.parts) for parameter in parameters)
-    return division.parts * (width * values + (sum(_packed(layers, division)) if division.frozen else 0))
+    packed = sum(_packed(layers, facts, division)) if division.frozen else 0
+    return division.parts * (facts.dtype.itemsize * values + packed)

@@ -56,7 +56,7 @@ def _step(config: Config, division: Division, always: tuple[str, ...]) -> Phases
         "the last block's backward": (*last, "buckets", *_GATHERED),
     }
     if division.layout == "rows":
-        phases["the last reduction"] = (*last, "root_buckets", "gathered_root")
+        phases["the last reduction"] = (*always, "gradients", "root_buckets")
     phases["the update"] = update
     return {f"step: {moment}": alive for moment, alive in phases.items()}
 
@@ -86,13 +86,13 @@ def _reinit(config: Config, division: Division, always: tuple[str, ...]) -> Phas
     elif one_process:
         phases["the last block's backward"] = (*last, "reinit_pending", "buckets", *_GATHERED, "reinit_decompose")
         if division.layout == "rows":
-            phases["the last reduction"] = (*last, "reinit_pending", "root_buckets", "gathered_root")
+            phases["the last reduction"] = (*always, "gradients", "reinit_pending", "root_buckets")
         phases["a layer"] = (*always, "reinit_pending", "reinit_packed", "reinit_rebuild")
     else:
         phases["the last block's backward"] = (*last, "reinit_gathered", "buckets", *_GATHERED)
         after = (*always, "reinit_gathered")
         if division.layout == "rows":
-            phases["the last reduction"] = (*last, "reinit_gathered", "root_buckets", "gathered_root")
+            phases["the last reduction"] = (*always, "gradients", "reinit_gathered", "root_buckets")
         else:
             after = (*after, "gradients")  # DeepSpeed lets go of them at the next backward
         phases["finding P"] = (*after, "reinit_packed", "reinit_decompose")

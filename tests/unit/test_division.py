@@ -165,7 +165,8 @@ def test_packed_bytes_are_cut_where_they_are_sharded(shape: str, ranks: int, is_
         for matrix in (linear.weight.detach(), torch.randn(sides, RANK)):
             codes, state = bnb.quantize_4bit(matrix, blocksize=64, quant_type="nf4", compress_statistics=False)
             for tensor in (codes.view(-1).view(torch.uint8), state.absmax.view(torch.uint8)):
-                total += len(tensor.chunk(ranks)[0]) if is_sharded else len(tensor)
+                words = nn.functional.pad(tensor, (0, len(tensor) % 2)).view(torch.bfloat16)
+                total += words.chunk(ranks)[0].nbytes if is_sharded and ranks > 1 else len(tensor)
                 of_layer += len(tensor)
         largest = max(largest, of_layer)
     assert entries["weights_w"] + entries["projections_p"] == total
@@ -190,7 +191,16 @@ def test_what_is_gathered_and_reduced(shape: str, ranks: int) -> None:
     assert entries["buckets"] == (2 + 4) * sum(t.numel() for t in blocks[0].values())
     assert entries["new_gradient"] == 2 * sum(t.numel() for n, t in root.items() if "embed" not in n)
     embedding = VOCABULARY * 78
-    assert entries["root_buckets"] == 2 * embedding + 4 * sum(t.numel() for t in root.values())
+    of_root = sum(t.numel() for t in root.values())
+    own = 4 * sum(first_part(t, ranks).numel() for t in root.values())
+    # either all in bf16 and in float32, before there is a result; or the embedding's, float32, and the result
+    after = 4 * of_root + (2 * embedding if ranks > 1 else 0)
+    assert entries["root_buckets"] == max((2 + 4) * of_root - own, after)
+    accumulated = planned(shape, ranks, "train.gradient_accumulation_steps=2").entries
+    assert accumulated["root_buckets"] == max((2 + 4) * of_root, after + own)
+    on_host = planned(shape, ranks, "train.device=cpu").entries
+    assert on_host["buckets"] == (8 if ranks > 1 else 6) * sum(t.numel() for t in blocks[0].values())
+    assert on_host["root_buckets"] >= (8 if ranks > 1 else 4) * of_root
     all_stay = planned(shape, ranks, "fsdp.reshard_after_forward=false").entries
     assert all_stay["gathered_blocks"] == all_stay["gathered_all"] == 3 * of_block
     sharded = planned(shape, ranks, "fsdp.shard_frozen=true").entries
