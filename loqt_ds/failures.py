@@ -77,7 +77,8 @@ class Voice:
             # Connections of their own: an operation that waits blocks the others of its connection.
             self._store: Any = store.clone()
             self._token = ranks.on_main(lambda: uuid.uuid4().hex)
-            threading.Thread(target=self._watch, args=(store.clone(),), name="failures", daemon=True).start()
+            self._watcher = threading.Thread(target=self._watch, args=(store.clone(),), name="failures", daemon=True)
+            self._watcher.start()
 
     # ---------------------------------------------------------------- waiting without a limit
 
@@ -114,6 +115,8 @@ class Voice:
             self._closed.set()  # before the others can leave
             with contextlib.suppress(Exception):  # whoever is late finds the others gone, which is no harm any more
                 self.ranks.barrier()
+            # A thread that the interpreter's end meets inside the store takes the process down with it.
+            self._watcher.join(_STORE_SECONDS)
 
     def end(self, error: BaseException, text: str, *, status: int = FAILED, with_traceback: bool = False) -> int:
         """Tells of an error and returns the status to exit with; with several ranks it does not return, but ends the

@@ -9,10 +9,12 @@ import multiprocessing
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ranks as processes
@@ -245,6 +247,27 @@ def done(voice: Voice) -> None:
 def test_nobody_is_missed_after_the_end(tmp_path: Path) -> None:
     ended = together(3, done, tmp_path)
     assert ended.said == [] and ended.statuses == [0, 0, 0]
+
+
+def slow_store(voice: Voice) -> None:
+    """The watching thread is inside the store when the run ends."""
+    answer, inside = voice._report, threading.Event()
+
+    def slowly(*store: Any) -> Any:
+        inside.set()
+        time.sleep(1.5)
+        return answer(*store)
+
+    voice._report = slowly  # type: ignore[method-assign]
+    assert inside.wait(10)
+    voice.close()
+    if [thread for thread in threading.enumerate() if thread.name == "failures"]:
+        raise ValueError("the end of the interpreter would meet the thread in the store")
+
+
+def test_the_watch_ends_with_the_run(tmp_path: Path) -> None:
+    ended = together(2, slow_store, tmp_path)
+    assert ended.said == [] and ended.statuses == [0, 0]
 
 
 # ---------------------------------------------------------------- waiting without a limit
