@@ -48,9 +48,13 @@ class _StrictLoader(yaml.SafeLoader):
 # ---------------------------------------------------------------------------------------------------------------- types
 
 
-@functools.cache  # it is asked for at every option that is read, and most of the time of reading them went there
 def field_types(cls: Any) -> Mapping[str, Any]:
     """Field name -> resolved type of a dataclass, in the order of declaration."""
+    return _field_types(cls)
+
+
+@functools.cache  # it is asked for at every option that is read, and most of the time of reading them went there
+def _field_types(cls: Any) -> Mapping[str, Any]:
     hints = get_type_hints(cls)
     return types.MappingProxyType({item.name: hints[item.name] for item in dataclasses.fields(cls)})
 
