@@ -49,7 +49,16 @@ def odd_llama() -> Any:
 
 def gpt2() -> Any:
     """Transposed matrices, biases, tied embeddings, learned positions."""
-    return GPT2Config(vocab_size=VOCAB, n_embd=36, n_layer=2, n_head=3, n_positions=40, attn_pdrop=0.0, embd_pdrop=0.0)
+    return GPT2Config(
+        vocab_size=VOCAB,
+        n_embd=36,
+        n_layer=2,
+        n_head=3,
+        n_positions=40,
+        resid_pdrop=0.0,
+        attn_pdrop=0.0,
+        embd_pdrop=0.0,
+    )
 
 
 MODELS = {"llama": lambda: llama_config(num_hidden_layers=2), "odd": odd_llama, "gpt2": gpt2}
