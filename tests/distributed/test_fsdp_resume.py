@@ -36,6 +36,7 @@ PLACES: dict[str, tuple[int, dict[str, Any] | None]] = {
     "groups of 4": (4, {"num_replicas": 2}),
     "sharded groups of 4": (4, {"num_replicas": 2, "shard_frozen": True}),
 }
+SOME = ["single", "zero2 of 2", "sharded of 3", "sharded groups of 4"]
 # Odd sides, biases, tied embeddings; gate and up have more than 4096 elements in B, so that they have moments in 8
 # bits where these are asked for.
 DESCRIPTION: dict[str, Any] = {
@@ -184,10 +185,17 @@ def test_another_engine_goes_on(first_runs: FirstRuns, before: list[str], after:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("after", PLACES)
-def test_every_engine_goes_on_from_every_other(first_runs: FirstRuns, after: str, kind: str) -> None:
-    check_goes_on(first_runs, kind, [place for place in PLACES if place != after], after)
+def test_every_engine_goes_on_from_every_other(first_runs: FirstRuns, after: str) -> None:
+    check_goes_on(first_runs, "fp32", [place for place in PLACES if place != after], after)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["8 bits, bf16", "8 bits, bf16 alone"])
+@pytest.mark.parametrize("after", SOME)
+def test_in_8_bits_and_bf16_as_well(first_runs: FirstRuns, after: str, kind: str) -> None:
+    """Moments are quantized anew, in blocks of each rank's own rows."""
+    check_goes_on(first_runs, kind, [place for place in SOME if place != after], after)
 
 
 def test_a_run_of_before_the_first_step_is_taken_over(tmp_path: Path) -> None:

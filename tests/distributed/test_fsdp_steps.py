@@ -24,7 +24,7 @@ from loqt_ds.config import Config
 from loqt_ds.engines.single import SingleEngine
 from loqt_ds.engines.state import whole_tensors
 from loqt_ds.evaluation import evaluate
-from loqt_ds.method import compiled, head
+from loqt_ds.method import compiled, head, lean
 from loqt_ds.method.conversion import build_model, initializer, loqt_layers
 from loqt_ds.optim import freeze_full_rank
 from loqt_ds.ranks import ALONE, Ranks
@@ -321,25 +321,54 @@ def test_what_is_kept_and_what_is_computed_again_does_not_matter(names: list[str
         assert results[0][name] == results[0]["plain"], name
 
 
+def leans(model: nn.Module) -> None:
+    report = lean.install(model)
+    assert len(report.norms) == 5 and len(report.mlps) == 2
+
+
+def leans_and_checkpoints(model: nn.Module) -> None:
+    checkpointing(model)
+    leans(model)
+
+
 def compiles(model: nn.Module) -> None:
     assert compiled.install(model) == 2
 
 
-def with_compiler(ranks: Ranks, mode: str) -> dict[str, list[float]]:
+WAYS: dict[str, Any] = {
+    "lean": leans,
+    "lean, checkpointing": leans_and_checkpoints,
+    "compiled": compiles,
+    "kept dequantized": None,
+}
+
+
+def in_other_ways(ranks: Ranks, mode: str, names: list[str]) -> dict[str, list[float]]:
     losses = {}
-    for name, prepare in (("plain", None), ("compiled", compiles)):
-        engine = engine_of(ranks, {"mode": mode}, prepare=prepare)
+    for name in ["plain", *names]:
+        loqt = {"dequantized_cache_gib": 1.0} if name == "kept dequantized" else {}
+        engine = engine_of(ranks, {"mode": mode, "loqt": loqt}, prepare=WAYS.get(name))
         losses[name] = [step_on(engine, token_batch(step, rows=ROWS))[0] for step in range(5)]
+        if loqt:
+            assert all(layer.keeps_dequantized for layer in engine.controller.layers.values())
         engine.release()
     return losses
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["whole", "sharded"])
-def test_compiled_blocks_give_the_same_losses(mode: str) -> None:
-    results = launch(2, with_compiler, mode=mode, timeout_seconds=500, collective_timeout_seconds=400)
-    for result in results:
-        assert result["compiled"] == pytest.approx(result["plain"], rel=1e-5)
+@pytest.mark.parametrize(
+    ("mode", "names"),
+    [
+        ("sharded", ["lean"]),
+        pytest.param("sharded", ["lean, checkpointing", "compiled"], marks=pytest.mark.slow),
+        pytest.param("whole", list(WAYS), marks=pytest.mark.slow),
+    ],
+)
+def test_other_ways_to_compute_give_the_same_losses(mode: str, names: list[str]) -> None:
+    """Re-initializations at steps 0, 2 and 4 included."""
+    options = {"timeout_seconds": 500, "collective_timeout_seconds": 400} if "compiled" in names else {}
+    for losses in launch(2, in_other_ways, mode=mode, names=names, **options):
+        for name in names:
+            assert losses[name] == pytest.approx(losses["plain"], rel=1e-5), name
 
 
 # ---------------------------------------------------------------- factors alone

@@ -13,6 +13,7 @@ import torch
 from helpers import llama_config, make_config, token_batch
 from helpers import train_step as train_single
 from ranks import build, caught, held, launch, own_state, restore, save, step_on
+from torch.distributed.tensor import DTensor
 
 from loqt_ds.config import Config
 from loqt_ds.engines.single import SingleEngine
@@ -21,6 +22,8 @@ from loqt_ds.ranks import Ranks
 
 ROWS = 12  # for 1, 2, 3 and 4 ranks
 SHAPE = {"num_hidden_layers": 3}  # at rank 14, halves of the factors are large enough for 8 bits, and cut a layer
+WIDE = {"num_hidden_layers": 2, "intermediate_size": 310}  # some factors are by themselves, though no half of them is
+SHARDED = {"shard_frozen": True}
 
 
 def configuration(world_size: int, case: dict[str, Any]) -> Config:
@@ -28,6 +31,11 @@ def configuration(world_size: int, case: dict[str, Any]) -> Config:
     train["micro_batch_size"] = ROWS // train.get("gradient_accumulation_steps", 1) // world_size
     loqt = {"rank": 14, "interval": 6} | case.get("loqt", {})
     return make_config(loqt=loqt, optim={"name": "adamw8bit"} | case.get("optim", {}), train=train)
+
+
+def engine_of(ranks: Ranks, case: dict[str, Any]) -> Any:
+    options = {"stage": case.get("stage", 2), "fsdp": case.get("fsdp"), "shape": SHAPE | case.get("shape", {})}
+    return build(ranks, configuration(ranks.world_size, case), **options)
 
 
 def train_on(engine: Any, until: int, step: Any = step_on) -> list[dict[str, Any]]:
@@ -45,13 +53,13 @@ def train_on(engine: Any, until: int, step: Any = step_on) -> list[dict[str, Any
 def interrupted(ranks: Ranks, case: dict[str, Any], root: str) -> dict[str, Any]:
     """A run of nine steps with a checkpoint at step 5, and a run from there in another engine."""
     results = {}
-    engine = build(ranks, configuration(ranks.world_size, case), stage=case["stage"], shape=SHAPE)
+    engine = engine_of(ranks, case)
     train_on(engine, 5)
     path = save(engine, Path(root))
     results["whole"] = train_on(engine, 9), held(engine), own_state(engine), torch.get_rng_state()
     engine.release()
     torch.manual_seed(99)
-    again = restore(build(ranks, configuration(ranks.world_size, case), stage=case["stage"], shape=SHAPE), path)
+    again = restore(engine_of(ranks, case), path)
     results["resumed"] = train_on(again, 9), held(again), own_state(again), torch.get_rng_state()
     return results
 
@@ -66,6 +74,20 @@ def interrupted(ranks: Ranks, case: dict[str, Any], root: str) -> dict[str, Any]
         (2, {"stage": 2, "loqt": {"subspace": "sketch", "sketch_oversampling": 2}}),
         (2, {"stage": 2, "optim": {"master": "bf16"}, "train": {"dtype": "bf16"}}),
         (3, {"stage": 2, "loqt": {"optimizer_state": "reset"}, "train": {"dtype": "bf16"}}),
+        (2, {"fsdp": SHARDED, "shape": WIDE, "loqt": {"optimizer_state": "project"}, "train": {"dtype": "bf16"}}),
+        (2, {"fsdp": {}, "shape": WIDE, "optim": {"master": "bf16"}, "train": {"dtype": "bf16", "max_grad_norm": 1.0}}),
+        pytest.param(
+            *(2, {"fsdp": SHARDED, "shape": WIDE, "train": {"gradient_accumulation_steps": 2}}),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *(3, {"fsdp": {}, "optim": {"name": "adamw"}, "loqt": {"optimizer_state": "transport"}}),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *(4, {"fsdp": SHARDED | {"num_replicas": 2}, "shape": WIDE, "train": {"dtype": "bf16"}}),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_as_many_ranks_go_on_bit_for_bit(tmp_path: Path, world_size: int, case: dict[str, Any]) -> None:
@@ -86,15 +108,14 @@ SAVED, REINIT, END = 8, 12, 15  # re-initializations at steps 0, 6 and 12
 
 
 def first_run(ranks: Ranks, root: str) -> dict[str, Any]:
-    engine = build(ranks, configuration(ranks.world_size, CASE), stage=CASE["stage"], shape=SHAPE)
+    engine = engine_of(ranks, CASE)
     train_on(engine, SAVED)
     path = save(engine, Path(root))
     return {"path": str(path), "records": train_on(engine, END)}
 
 
 def second_run(ranks: Ranks, path: str) -> list[dict[str, Any]]:
-    engine = build(ranks, configuration(ranks.world_size, CASE), stage=CASE["stage"], shape=SHAPE)
-    return train_on(restore(engine, Path(path)), END)
+    return train_on(restore(engine_of(ranks, CASE), Path(path)), END)
 
 
 def single_engine() -> SingleEngine:
@@ -135,15 +156,15 @@ def test_another_number_of_ranks_goes_on_nearly_the_same(
 # ---------------------------------------------------------------- replicas that differ
 
 
-def with_a_flipped_bit(ranks: Ranks, root: str, buffer: str, odd: int) -> dict[str, str]:
+def with_a_flipped_bit(ranks: Ranks, root: str, buffer: str, odd: int, fsdp: dict[str, Any] | None) -> dict[str, str]:
     """What a flipped bit of rank `odd` raises at the next save, and, in another run, in the steps to come."""
-    config = configuration(ranks.world_size, {"loqt": {"interval": 3}})
     said = {}
     for when in ("save", "reinit"):
-        engine = build(ranks, config, stage=2)
+        engine = engine_of(ranks, {"loqt": {"interval": 3}, "fsdp": fsdp, "shape": {"num_hidden_layers": 2}})
         train_on(engine, 2)
         if ranks.rank == odd:
-            flipped = engine.network.get_buffer(buffer)
+            flipped = engine.network.state_dict()[buffer]
+            flipped = flipped.to_local().view(torch.uint8) if isinstance(flipped, DTensor) else flipped
             flipped[flipped.numel() // 2] ^= 16
         if when == "save":
             said[when] = caught(lambda engine=engine: save(engine, Path(root)))
@@ -154,14 +175,22 @@ def with_a_flipped_bit(ranks: Ranks, root: str, buffer: str, odd: int) -> dict[s
     return said
 
 
-@pytest.mark.parametrize(("world_size", "odd"), [(2, 1), (3, 0)])
-def test_one_flipped_bit_is_caught_on_all_ranks(tmp_path: Path, world_size: int, odd: int) -> None:
+@pytest.mark.parametrize(
+    ("world_size", "odd", "fsdp"),
+    [(2, 1, None), (3, 0, None), (3, 2, {}), pytest.param(4, 1, SHARDED | {"num_replicas": 2}, marks=pytest.mark.slow)],
+)
+def test_one_flipped_bit_is_caught_on_all_ranks(
+    tmp_path: Path, world_size: int, odd: int, fsdp: dict[str, Any] | None
+) -> None:
+    """With two groups of two ranks, ranks 1 and 3 hold the same half."""
     layer = "model.layers.1.mlp.down_proj"
-    for said in launch(world_size, with_a_flipped_bit, root=str(tmp_path), buffer=f"{layer}.w_codes", odd=odd):
+    arguments = {"root": str(tmp_path), "buffer": f"{layer}.w_codes", "odd": odd, "fsdp": fsdp}
+    for said in launch(world_size, with_a_flipped_bit, **arguments):
         assert said["step 2"] == "", "an ordinary step compares nothing"
         for when in ("save", "reinit"):
             assert said[when].startswith("ReplicaMismatch: "), (when, said)
             assert f"{layer}.w_codes" in said[when]
             assert "the last checkpoint" in said[when]
-            assert world_size == 2 or f"(rank {odd} from the others)" in said[when]
+            told = {2: "", 3: f"(rank {odd} from the others)", 4: "(between ranks 1, 3;"}[world_size]
+            assert told in said[when]
     assert not list(tmp_path.iterdir()), "nothing is saved"

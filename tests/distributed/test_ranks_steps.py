@@ -128,7 +128,7 @@ def test_options_that_must_not_matter(case: dict[str, Any], tolerance: float) ->
 def with_a_bad_rank(ranks: Ranks, case: dict[str, Any]) -> dict[str, Any]:
     """Rank 1 sees NaN in step 4, where a re-initialization is due, and again in step 5."""
     case = case | {"loqt": {"interval": 4} | case.get("loqt", {})}
-    engine = build(ranks, configuration(case), stage=case["stage"])
+    engine = build(ranks, configuration(case), stage=case.get("stage", 2), fsdp=case.get("fsdp"))
     for step in range(4):
         step_on(engine, token_batch(step, rows=8))
     before = held(engine) | own_state(engine)
@@ -150,6 +150,10 @@ def with_a_bad_rank(ranks: Ranks, case: dict[str, Any]) -> dict[str, Any]:
         {"stage": 1, "train": {"dtype": "bf16"}},
         {"stage": 2},
         {"stage": 2, "train": {"max_grad_norm": 1.0}, "loqt": {"subspace": "sketch", "sketch_oversampling": 4}},
+        {"fsdp": {"shard_frozen": True}, "train": {"dtype": "bf16", "max_grad_norm": 1.0}},
+        pytest.param({"fsdp": {}}, marks=pytest.mark.slow),
+        # groups of one rank: nothing is sharded, and the norm is that of each
+        pytest.param({"fsdp": {"num_replicas": 2}, "train": {"dtype": "bf16"}}, marks=pytest.mark.slow),
     ],
 )
 def test_nan_on_one_rank_skips_the_step_on_all(case: dict[str, Any]) -> None:
