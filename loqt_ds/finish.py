@@ -31,7 +31,8 @@ def collect(run: Run) -> Finished:
     output = ranks.on_main(lambda: _export_directory(run))
     masters = {name: tensor.cpu() for name, tensor in run.engine.masters().items()} if output is not None else {}
     # The optimizer's memory makes room for the reloaded model; masters wait on the host.
-    run.engine.release()
+    is_sampled = run.config.eval.num_samples and run.config.model.task == "causal_lm"
+    run.engine.release(keep=output is not None or bool(is_sampled))
     for layer in loqt_layers(run.engine.network).values():
         layer.stop_keeping_dequantized()
     BUFFERS.clear()

@@ -354,6 +354,9 @@ class ParameterOptimizer:
 
     def _step_piece(self, place: slice, gradient: Tensor, scale: float, state: dict[str, Any]) -> None:
         """Updates elements `place` of the flat parameter. `state` is the whole parameter's; the last piece counts."""
+        if not gradient.numel():  # no kernel of bitsandbytes takes nothing
+            state["step"] += 1
+            return
         optimizer, piece = self._optimizer, self._piece
         piece.data = self.values.data.view(-1)[place].float()  # a view where that is float32
         piece.grad = gradient.float() if scale == 1 else gradient.float().mul_(scale)

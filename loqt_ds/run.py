@@ -48,6 +48,7 @@ from loqt_ds.method.conversion import (
     unpack_experts,
 )
 from loqt_ds.method.description import model_description, training_dtype
+from loqt_ds.method.structure import blocks
 from loqt_ds.metrics import MetricsLogger
 from loqt_ds.optim import freeze_full_rank, parameter_groups
 from loqt_ds.ranks import Ranks
@@ -199,6 +200,13 @@ def _check_options(
 
         ds_options = check_deepspeed(ds_config, config)
     division_of(config, world_size=world_size, ds_config=ds_options)  # refuses what cannot be divided
+    launched = "cuda" if torch.cuda.is_available() else "cpu"
+    of_rank = f"{launched}:{os.environ.get('LOCAL_RANK', '0')}"
+    if config.engine == "fsdp2" and config.train.device not in ("auto", launched, of_rank):
+        raise ConfigError(
+            f"train.device={config.train.device} with engine=fsdp2: each rank takes the {launched} device of its own; "
+            "use train.device=auto, and CUDA_VISIBLE_DEVICES to choose (empty: the CPU)"
+        )
     lean.check_kernels(config.model.kernels, [device])
     if config.train.compile:
         compiled.check_compiler(device)
@@ -321,6 +329,8 @@ def check_model(config: Config, world_size: int = 1) -> None:
     options = {"attention": config.model.attention, "task": config.model.task}
     model = build_meta(model_config, config.loqt, dtype=training_dtype(config), **options)
     check_experts(config.loqt, (n for n, layer in loqt_layers(model).items() if layer.is_conditional), world_size)
+    if config.engine == "fsdp2":
+        _check_shardable(config, model)
     dropped = [name for name in _LAYERDROP if getattr(model_config, name, None)]
     if dropped and config.engine == "fsdp2" and world_size > 1:
         raise ConfigError(
@@ -333,6 +343,21 @@ def check_model(config: Config, world_size: int = 1) -> None:
     if config.model.path is not None:
         _source_of(config)(build_empty(model_config, **options))
     check_export(config, model, model_config)
+
+
+def _check_shardable(config: Config, model: nn.Module) -> None:
+    """Refuses a model that FSDP2 cannot divide, or not so that it is worth it."""
+    for name, parameter in model.named_parameters():
+        if not parameter.dim():
+            raise ConfigError(
+                f"engine=fsdp2: {name} is one number, which has no rows to divide; use DeepSpeed (--ds_config) or "
+                "one device"
+            )
+    if config.fsdp.shard_frozen and not blocks(model, loqt_layers(model)):
+        raise ConfigError(
+            f"fsdp.shard_frozen=true: {type(model).__name__} has no list of blocks with adapted matrices, so that all "
+            "bytes would be gathered for the whole step; set fsdp.shard_frozen=false"
+        )
 
 
 def _source_of(config: Config) -> Callable[[nn.Module], WeightSource]:
@@ -529,8 +554,9 @@ def load_model(
         say(f"torch.compile: {compiled.install(model)} blocks, compiled in the first steps")
     if not config.optim.train_full_rank:
         freeze_full_rank(model, but=task_head_parameters(model))
-        frozen = [p.numel() for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
-        say(f"frozen parameters: {sum(frozen):,}")
+        packed = {f"{name}.{key}" for name, layer in loqt_layers(model).items() for key in layer.packed_bytes}
+        frozen = sum(p.numel() for n, p in model.named_parameters() if not p.requires_grad and n not in packed)
+        say(f"frozen parameters: {frozen:,}")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"trained parameters: {trained:,}; adapted weights in {config.loqt.quantize_w}")
     return model, original

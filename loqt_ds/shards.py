@@ -395,7 +395,7 @@ def _assemble(
                     first[target], second[target] = saved.moments[0][source], saved.moments[1][source]
                     steps[shard.key] = min(saved.step, steps.get(shard.key, saved.step))
     # A partition that holds nothing is stepped with the others, and must know that there are moments.
-    empty = {shard.key for shard in shards if not shard.fragments}
+    empty = {shard.key for shard in shards if not any(fragment.length for fragment in shard.fragments)}
     return {key: (*found, steps.get(key, smallest if key in empty else None)) for key, found in vectors.items()}
 
 

@@ -71,7 +71,9 @@ def parse(arguments: Sequence[str] | None, *, launched: bool, finetune: bool = F
     )
     if launched:
         parser.add_argument(
-            "--ds_config", help="DeepSpeed configuration, such as configs/zero2.json; without it, engine=fsdp2"
+            "--ds_config",
+            help="DeepSpeed configuration, such as configs/zero2.json; without it, engine=fsdp2"
+            + (" or one device" if finetune else ""),
         )
         # The environment says the same, and torchrun says it there only.
         parser.add_argument("--local_rank", "--local-rank", type=int, help="given by the deepspeed launcher; not read")
@@ -109,7 +111,7 @@ def main(arguments: Sequence[str] | None = None, *, launched: bool = False, fine
             if problem is None and not several:
                 problem = _wrong_start(launched=launched, finetune=finetune)
             if problem is not None and not (deepspeed and _num_processes() > 1):
-                with _only_the_first_speaks():  # at once: joining loads DeepSpeed
+                if os.environ.get("LOCAL_RANK", "0") == "0":  # at once: joining loads DeepSpeed
                     print(f"error: {problem}", file=sys.stderr)
                 return USAGE_ERROR
             voice = _join(config, deepspeed=deepspeed)

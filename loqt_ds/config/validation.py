@@ -399,12 +399,19 @@ def _check_engine(config: Config) -> None:
             f"train.max_grad_norm_per_parameter={config.train.max_grad_norm_per_parameter} with engine=fsdp2: it is "
             "the clipping of layer-wise updates on one device; use train.max_grad_norm, over all shards"
         )
+    if config.export.base is not None:
+        raise ConfigError(
+            f"export.base={config.export.base} with engine=fsdp2: W is compared with the base's before training, when "
+            "no rank has all of it any more; set export.format=none, and make the adapter of a checkpoint afterwards "
+            f"(tools/export.py --format adapter --base {config.export.base})"
+        )
     if not config.fsdp.shard_frozen:
         return
     if config.loqt.dequantized_cache_gib:
         raise ConfigError(
             f"loqt.dequantized_cache_gib={config.loqt.dequantized_cache_gib:g} with fsdp.shard_frozen=true: one keeps "
-            "whole dequantized weights on every rank, the other not even the packed ones; set one of them to 0 or false"
+            "whole dequantized weights on every rank, the other not even the packed ones; set "
+            "loqt.dequantized_cache_gib=0, or fsdp.shard_frozen=false"
         )
     if config.eval.metric == "exact_match":
         raise ConfigError(

@@ -82,6 +82,6 @@ class Engine(Protocol):
     def masters(self) -> dict[str, Tensor]:
         """On rank 0 the float32 master copies by parameter name, none for parameters that have no copy. Collective."""
 
-    def release(self) -> None:
-        """Frees optimizer states and masters; afterwards rank 0 has the model, and there is no step to take.
-        Collective."""
+    def release(self, *, keep: bool = True) -> None:
+        """Frees optimizer states and masters; there is no step to take afterwards. Rank 0 has the model, if it is to
+        `keep` it. Collective."""

@@ -361,7 +361,7 @@ class LoQTEngine(DeepSpeedEngine):
     def masters(self) -> dict[str, Tensor]:
         return self._state.masters()
 
-    def release(self) -> None:
+    def release(self, *, keep: bool = True) -> None:
         self.destroy()
         # DeepSpeed's `destroy` leaves the partitions with the optimizer that was handed to it.
         self.basic_optimizer.state.clear()

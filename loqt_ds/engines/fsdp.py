@@ -17,6 +17,7 @@ With `fsdp.num_replicas` the ranks are that many groups of consecutive ranks, ea
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -126,6 +127,8 @@ class Sharding:
         is_root = block is model
         # The rest of a model is needed again at once, by the loss.
         fully_shard(block, mesh=self.mesh, mp_policy=policy, reshard_after_forward=again and not is_root)
+        if self.group_size == 1:  # NCCL's average of one rank is not to be trusted before torch 2.9
+            block.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
 
 
 class ShardedPacked:
@@ -324,15 +327,17 @@ class FSDPEngine:
         Returns the norm before clipping."""
         local = {n: _local(p.grad) for n, p in self._parameters.items() if isinstance(p.grad, DTensor)}
         norms = torch.stack([gradient_norm(gradient) for gradient in local.values()]).double()
-        squares = norms.square().sum()  # float32 squares could overflow
-        if self.ranks.world_size > 1:
-            dist.all_reduce(squares, group=self._sharding.group)
+        # float32 squares could overflow. Of one group, whichever this rank is in: replicas clip by the same bits.
+        squares = self.ranks.all_gather(norms.square().sum())[: self._sharding.group_size].sum()
         norm = math.sqrt(squares.item()) if torch.isfinite(squares) else math.nan
         lr, lr_full_rank = self._rates.at(self._step)
-        for name, gradient in local.items():
+        for name in list(local):
+            gradient = local.pop(name)
             self._parameters[name].grad = None
             if math.isfinite(norm):
                 item = self._optimizers[name]
+                # torch 2.8 moves uneven shards at the first forward.
+                item.parameter.data = _local(self._parameters[name])
                 item.parameter.grad = gradient
                 place = self.ranks.rank % self._sharding.group_size  # replicas round alike
                 self._generator.manual_seed(layer_seed(self._config.train.seed, self._step, f"{name}/{place}"))
@@ -395,12 +400,15 @@ class FSDPEngine:
         return self._state.masters()
 
     @torch.no_grad()
-    def release(self) -> None:
+    def release(self, *, keep: bool = True) -> None:
         """Frees optimizer states and masters, and makes the network of rank 0 a plain model again, on the host where W
         and P were sharded: one device need not have room for all of them. Collective."""
         self._optimizers.clear()
         self._parameters.clear()
+        self.controller.layers = {}
         del self._state, self.controller.store, self.controller.packed
+        if not keep:
+            return
         device = torch.device("cpu") if self._sharding.frozen else self.device
         plain = self._rebuild() if self.ranks.is_main else None
         for name, tensor in whole_tensors(self._model, self._sharding.dtype):
@@ -408,6 +416,7 @@ class FSDPEngine:
                 _put(plain, name, tensor.detach().to(device))
         if plain is not None:
             self._model = plain.to(device)
+            gc.collect()  # FSDP's modules hold one another, and the shards
 
 
 def _local(tensor: Any) -> Tensor:

@@ -238,7 +238,7 @@ class SingleEngine:
     def masters(self) -> dict[str, Tensor]:
         return self._state.masters()
 
-    def release(self) -> None:
+    def release(self, *, keep: bool = True) -> None:
         for hook in self._hooks:
             hook.remove()
         self._optimizers.clear()

@@ -112,12 +112,13 @@ def _loqt_twin(name: str, linear: Any, loqt: LoQTConfig, dtype: torch.dtype, dev
     return layer
 
 
-def keep_dequantized(model: nn.Module, loqt: LoQTConfig) -> None:
+def keep_dequantized(model: nn.Module, loqt: LoQTConfig, *, dtype: torch.dtype | None = None) -> None:
     """Tells the first layers to keep their W dequantized, as many as `loqt.dequantized_cache_gib` has room for. To be
-    called again where the dtype of B was changed."""
+    called again where the dtype of B was changed. `dtype`: of the computation, where it is not that of B."""
     room = loqt.dequantized_cache_gib * 2**30
     for layer in loqt_layers(model).values():
-        room -= layer.dequantized_bytes
+        itemsize = (layer.B.dtype if dtype is None else dtype).itemsize
+        room -= layer.dequantized_bytes // layer.B.dtype.itemsize * itemsize
         layer.keeps_dequantized = room >= 0
 
 
@@ -218,7 +219,7 @@ def build_meta(
     for module in model.modules():
         for short, parameter in module.named_parameters(recurse=False):
             if parameter.dtype != dtype:
-                setattr(module, short, nn.Parameter(parameter.to(dtype)))
+                setattr(module, short, nn.Parameter(parameter.to(dtype), requires_grad=parameter.requires_grad))
     tie_weights(model)
     keep_dequantized(model, loqt)
     return model
@@ -330,10 +331,12 @@ def materialize(
         to_come = [name for name, _ in jobs[start + ranks.world_size :]]
         for block in [block for block in unsharded if not any(is_in(name, (block,)) for name in to_come)]:
             assert shard is not None
+            within = {id(parameter) for parameter in unsharded[block].parameters()}
             shard(model, unsharded.pop(block))
+            shared = {key: parameter for key, parameter in shared.items() if id(parameter) not in within}
     tie_weights(model)
     model.to(device)  # what is left: buffers such as rotary tables
-    keep_dequantized(model, loqt)
+    keep_dequantized(model, loqt, dtype=dtype)
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     assert not left, f"not materialized: {left}"
     return model, weights
@@ -351,7 +354,8 @@ def materialize_zeros(model: nn.Module, device: torch.device | str, *, shard: Sh
         for short, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
                 if id(parameter) not in made:
-                    made[id(parameter)] = nn.Parameter(torch.zeros_like(parameter, device=device))
+                    zeros = torch.zeros_like(parameter, device=device)
+                    made[id(parameter)] = nn.Parameter(zeros, requires_grad=parameter.requires_grad)
                 module.register_parameter(short, made[id(parameter)])
         for short, buffer in list(module.named_buffers(recurse=False)):
             if buffer.is_meta:

@@ -44,14 +44,16 @@ def _has_suffix(name: str, suffix: str) -> bool:
 
 
 def blocks(model: nn.Module, adapted: Collection[str]) -> dict[str, nn.Module]:
-    """The blocks of a model by name: items of its outermost lists of modules that all have matrices inside that are
-    `adapted` (names of modules)."""
+    """The blocks of a model by name: items of its outermost lists of modules, of lists of lists the inner ones', that
+    have matrices inside that are `adapted` (names of modules)."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or not len(module) or is_in(name, found):
+        if not isinstance(module, nn.ModuleList) or is_in(name, found):
             continue
         items = {f"{name}.{key}".removeprefix("."): child for key, child in module.named_children()}
-        if all(any(is_in(each, (item,)) for each in adapted) for item in items):
+        if any(isinstance(child, nn.ModuleList) for child in items.values()):
+            continue
+        if any(is_in(each, items) for each in adapted):
             found |= items
     return found
 
