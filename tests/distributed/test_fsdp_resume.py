@@ -33,6 +33,7 @@ PLACES: dict[str, tuple[int, dict[str, Any] | None]] = {
     "whole of 2": (2, {}),
     "sharded of 2": (2, {"shard_frozen": True}),
     "sharded of 3": (3, {"shard_frozen": True}),
+    "whole of 4": (4, {}),
     "groups of 4": (4, {"num_replicas": 2}),
     "sharded groups of 4": (4, {"num_replicas": 2, "shard_frozen": True}),
 }
@@ -50,6 +51,7 @@ DESCRIPTION: dict[str, Any] = {
 }
 KINDS: dict[str, dict[str, Any]] = {
     "fp32": {"optim": {"name": "adamw", "lr_full_rank": 0.004, "weight_decay": 0.01}, "tolerance": 1e-5},
+    "few rows": {"optim": {"name": "adamw8bit"}, "loqt": {"rank": 3, "optimizer_state": "project"}, "tolerance": 1e-5},
     "8 bits, bf16": {"optim": {"name": "adamw8bit"}, "dtype": "bf16", "tolerance": 1e-3},
     "8 bits, bf16 alone": {"optim": {"name": "adamw8bit", "master": "bf16"}, "dtype": "bf16", "tolerance": 1e-3},
 }
@@ -59,7 +61,7 @@ def configuration(world_size: int, kind: str) -> Config:
     case = KINDS[kind]
     train = {"max_steps": 20, "dtype": case.get("dtype", "fp32"), "micro_batch_size": ROWS // max(1, world_size)}
     return Config(
-        loqt=LoQTConfig(rank=10, interval=6, growth=1.0, schedule="static"),
+        loqt=LoQTConfig(**({"rank": 10, "interval": 6, "growth": 1.0, "schedule": "static"} | case.get("loqt", {}))),
         optim=OptimConfig(**({"lr": 0.01, "warmup_steps": 2} | case["optim"])),
         train=TrainConfig(**train),
     )
@@ -182,6 +184,11 @@ FAST = [
 def test_another_engine_goes_on(first_runs: FirstRuns, before: list[str], after: str) -> None:
     """Within 1e-5 up to the next re-initialization and 2 % after it; steps and learning rates are the very same."""
     check_goes_on(first_runs, "fp32", before, after)
+
+
+def test_ranks_that_have_no_rows_go_on(first_runs: FirstRuns) -> None:
+    """Of B on the left side, three rows, the fourth rank has none; its moments are projected with the others'."""
+    check_goes_on(first_runs, "few rows", ["single"], "whole of 4")
 
 
 @pytest.mark.slow

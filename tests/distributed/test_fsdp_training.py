@@ -108,7 +108,7 @@ FAST = {
         ("interval, odd shapes, accumulation, clipping", "sharded"),
         ("project, odd shapes", "whole"),
     ],
-    4: [("project, odd shapes", "sharded"), ("sketch, reset, clipping", "groups, sharded"), ("interval", "groups")],
+    4: [("project, odd shapes", "sharded"), ("sketch, reset, clipping", "groups, sharded")],
 }
 
 
