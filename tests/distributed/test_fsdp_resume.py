@@ -93,6 +93,8 @@ def carried(engine: Any, kind: str) -> dict[str, Tensor]:
     dtype = torch.bfloat16 if KINDS[kind].get("dtype") == "bf16" else torch.float32
     found = {name: tensor.clone() for name, tensor in whole_tensors(engine.network, dtype)}
     state = engine._state
+    have = engine.ranks.gather_objects([state.has_moments(name) for name in state._parameters])
+    assert all(map(all, have)), "ranks without rows of a parameter, too"
     for name in state._parameters:
         parts = {"master": state.read(name), "first": state.moment(name, 0), "second": state.moment(name, 1)}
         found |= {f"{name}/{key}": tensor.clone() for key, tensor in parts.items() if tensor is not None}
