@@ -148,7 +148,7 @@ def _member(rank: int, world_size: int, port: int, shape: str, overrides: Sequen
     ranks = start_distributed(timeout_seconds=600)
     num_rows = ROWS // world_size
     config = load_config(None, [*shape_options(shape, num_rows), *overrides])
-    engine = build(Case("loqt", precision="fp32", stage=2), config, ranks)
+    engine = build(Case("loqt", precision="fp32"), config, ranks)
     head.install(engine.network)
     mine = steps(engine, num_rows, 1, ranks.barrier)
     owned = [name for name, owner in engine.controller.owners.items() if owner == rank]

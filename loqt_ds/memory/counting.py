@@ -43,8 +43,8 @@ LABELS = {
     "buffers": "other buffers",
     "context": "device context and cache, or interpreter",
     "start_workspace": "one layer in fp32, as it is made",
-    "start_block": "blocks, whole before they are sharded",
-    "start_root": "embedding and head, whole before they are sharded",
+    "start_made": "a block, whole as it is made",
+    "start_cast": "what is sharded at once, whole",
     "gathered_root": "embedding and head, gathered",
     "gathered_blocks": "blocks, gathered",
     "gathered_all": "all blocks, gathered",
@@ -61,6 +61,8 @@ LABELS = {
     "block_workspace": "backward of one block",
     "update_workspace": "update of one parameter",
     "reinit_gathered": "gradients or sketches gathered",
+    "reinit_begun": "those of the first block",
+    "reinit_owned": "those of a rank's own layers",
     "reinit_decompose": "finding one layer's P",
     "reinit_pending": "new P, waiting for the update",
     "reinit_packed": "one layer's W and P, whole on its owner",
@@ -202,13 +204,15 @@ def _reinit_bytes(config: Config, facts: Facts, division: Division) -> dict[str,
     """Of what a re-initialization gathers, finds and rebuilds; W and P of layers apart."""
     world_size, layers = division.world_size, facts.layers
     gathered = [gathered_bytes(layer, config, world_size) for layer in layers]
+    in_blocks = [sum(gathered_bytes(la, config, world_size) for la in loqt_layers(b).values()) for b in facts.blocks]
     # One process finds the P of a layer inside the layer's own backward; of a compiled block all layers come at once.
-    blocks = facts.blocks if config.train.compile else []
-    at_once = [sum(gathered_bytes(layer, config, world_size) for layer in loqt_layers(b).values()) for b in blocks]
+    at_once = in_blocks if config.train.compile else []
     steps, one_process = config.train.gradient_accumulation_steps, world_size == 1
     updates_at_once = config.optim.layerwise and steps == 1
     return {
         "reinit_gathered": max(gathered + at_once) if one_process and steps == 1 else sum(gathered),
+        "reinit_begun": sum(gathered) if steps > 1 else max(in_blocks, default=sum(gathered)),
+        "reinit_owned": -(-sum(gathered) // world_size) + (0 if one_process else max(gathered)),
         "reinit_decompose": max(decompose_bytes(layer, config, world_size) for layer in layers),
         "reinit_pending": packed_bytes(facts.model)[1] if one_process and not updates_at_once else 0,
         "reinit_rebuild": max(rebuild_bytes(layer, config) for layer in layers),
@@ -245,7 +249,8 @@ def _start_bytes(config: Config, facts: Facts, division: Division, largest: int)
     output = output_head(facts.model)
     weight = getattr(output, "weight", None)
     head_bytes = parameter_bytes([p for p in facts.others.values() if p is weight], config, facts, division)
-    made = [4 * parameter.numel() for parameter in facts.others.values()]
+    # What is sharded is made where nothing else is yet, or as `division` counts it.
+    made = [] if division.layout == "rows" else [4 * parameter.numel() for parameter in facts.others.values()]
     quantized = 4 * largest + encode_bytes(largest, next(iter(facts.layers)).spec_w, config)
     return max(4 * largest, quantized - head_bytes, *made)
 

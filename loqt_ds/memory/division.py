@@ -268,12 +268,6 @@ def _rows_in_flight(
     num_late = num_elements(late)
     num_early = num_elements(p for p in root if p.requires_grad) - num_late
     at_once = sum(gathered) if division.keeps_gathered else min(parts, 2) * max(gathered, default=0)
-    # The embedding is made first, and sharded last.
-    embedding = max(0, e * num_late - parameter_bytes(late, config, facts, division))
-    # Ranks make a module each, so that some of the next block are there when one is complete, and sharded.
-    made = [_made_bytes(block, config, facts, division) for block in facts.blocks]
-    num_modules = min((sum(1 for m in b.modules() if m._parameters) for b in facts.blocks), default=1)
-    ahead = min(division.world_size - 1, num_modules) / num_modules
     return {
         "new_gradient": e * num_early,
         "buckets": (8 if _sums_in_a_copy(config, division) else e + 4) * max(map(num_elements, new), default=0),
@@ -284,8 +278,7 @@ def _rows_in_flight(
         "reinit_packed": max(sum(_packed([layer], facts, Division())) for layer in facts.layers)
         if division.frozen
         else 0,
-        "start_block": int((1 + ahead) * max(made, default=0)) + embedding,
-        "start_root": sum(_value_width(config, facts) * p.numel() if p.requires_grad else e * p.numel() for p in root),
+        **_start_bytes(root, late, config, facts, division),
     }
 
 
@@ -297,24 +290,46 @@ def _sums_in_a_copy(config: Config, division: Division) -> bool:
 def _root_reduction_bytes(
     root: Sequence[nn.Parameter], num_late: int, config: Config, facts: Facts, division: Division
 ) -> int:
-    """Of the last reduction, beside all gradients that a step leaves: first the whole gradients and their float32
-    buffer; then, of the whole ones the last alone, the buffer and what comes out of it."""
+    """Of the last reduction, beside all gradients that a step leaves: the whole gradients and their float32 buffer;
+    then of the whole ones the last alone, the buffer and what comes out; and that as it is rounded to bf16 masters."""
     e, width = facts.dtype.itemsize, _value_width(config, facts)
     trained = [parameter for parameter in root if parameter.requires_grad]
     num, num_own = num_elements(trained), sum(rows_share(p.shape, division.parts) for p in trained)
-    accumulates = config.train.gradient_accumulation_steps > 1
-    before = (e + 4) * num - (0 if accumulates else width * num_own)
-    # What comes out is the gradient itself, if it need not be added to that of another micro-batch, or rounded.
-    beside = 4 * num_own if accumulates or width != 4 else 0
-    after = (8 if _sums_in_a_copy(config, division) else 4) * num + beside + (e * num_late if division.parts > 1 else 0)
-    return max(before, after)
+    # Where nothing was accumulated, the root's part of the gradients does not exist until it comes out.
+    own = 0 if config.train.gradient_accumulation_steps > 1 else width * num_own
+    last = e * num_late if division.parts > 1 else 0
+    whole = (e + 4) * num - own
+    reduced = (8 if _sums_in_a_copy(config, division) else 4) * num + 4 * num_own - own + last
+    rounded = 4 * num + (4 * num_own if width != 4 else 0) + last
+    return max(whole, reduced, rounded)
 
 
-def _made_bytes(block: nn.Module, config: Config, facts: Facts, division: Division) -> int:
-    """Of a block before it is sharded: its parameters, in float32 where this is their master, and W and P if these are
-    sharded."""
-    whole = parameter_bytes(list(block.parameters()), config, facts, replace(division, parts=1))
-    return whole + (sum(_packed(loqt_layers(block).values(), facts, Division())) if division.frozen else 0)
+def _start_bytes(
+    root: Sequence[nn.Parameter], late: Sequence[nn.Parameter], config: Config, facts: Facts, division: Division
+) -> dict[str, int]:
+    """Of what is whole before it is sharded, beside the shards: a block as its layers are made, in the training dtype;
+    then a block, or the root, in float32 where this is their master."""
+    e, undivided = facts.dtype.itemsize, replace(division, parts=1)
+    frozen = [sum(_packed(loqt_layers(b).values(), facts, Division())) if division.frozen else 0 for b in facts.blocks]
+    made = [e * num_elements(block.parameters()) + bytes_w for block, bytes_w in zip(facts.blocks, frozen, strict=True)]
+    cast = [
+        parameter_bytes(list(block.parameters()), config, facts, undivided) + bytes_w
+        for block, bytes_w in zip(facts.blocks, frozen, strict=True)
+    ]
+    # Ranks make a module each, so that some of the next block are there when one is complete.
+    num_modules = min((sum(1 for m in b.modules() if m._parameters) for b in facts.blocks), default=1)
+    ahead = int(min(division.world_size - 1, num_modules) / num_modules * max(made, default=0))
+    # The embedding is made first, and sharded last.
+    embedding = max(0, e * num_elements(late) - parameter_bytes(late, config, facts, division))
+    # The head is drawn in float32 when all of the root is there.
+    root_made = e * num_elements(root) + 4 * max((p.numel() for p in root), default=0)
+    root_made -= parameter_bytes(root, config, facts, division)
+    return {
+        "start_made": max(made, default=0) + ahead + embedding,
+        "start_cast": max(
+            max(cast, default=0) + ahead + embedding, parameter_bytes(root, config, facts, undivided), root_made
+        ),
+    }
 
 
 def _whole_bytes(config: Config, facts: Facts, division: Division) -> int:

@@ -19,9 +19,9 @@ def phases_of(config: Config, division: Division) -> Phases:
     gradients of earlier ones are there all the time.
     """
     always = (*STAYS, "context", "dequantized", "dequantized_kept")
-    phases: Phases = {"start": (*_MODEL, "context", "start_block", "start_workspace")}
+    phases: Phases = {"start": (*_MODEL, "context", "start_made", "start_workspace")}
     if division.layout == "rows":
-        phases["start: the last parameters"] = (*_MODEL, "context", "start_root")
+        phases["start: sharding"] = (*_MODEL, "context", "start_cast")
     phases |= _step(config, division, always)
     phases |= _reinit(config, division, always)
     if config.eval.metric == "exact_match":
@@ -66,14 +66,14 @@ def _reinit(config: Config, division: Division, always: tuple[str, ...]) -> Phas
     one_process = division.world_size == 1
     kept = _while_backward_begins(config)
     summed = ("reinit_gathered",) if steps > 1 else ()
-    tapped = (*_first_backward(config, always), "tapped_inputs", "reinit_gathered")
+    tapped = (*_first_backward(config, always), "tapped_inputs")
     last = (*always, "gradients", "new_gradient")
     loss = (*always, "activations", "tapped_inputs", "loss", "new_gradient", *_GATHERED, *kept, *summed)
     phases: Phases = {"the loss": loss}
     if one_process:
-        phases["the first block's backward"] = (*tapped, "reinit_decompose")
+        phases["the first block's backward"] = (*tapped, "reinit_gathered", "reinit_decompose")
     else:
-        phases["the first block's backward"] = tapped
+        phases["the first block's backward"] = (*tapped, "reinit_begun")
     if one_process and layerwise:
         phases["the update"] = (
             *(*always, "activations", "new_gradient", *kept, "update_workspace"),
@@ -90,9 +90,10 @@ def _reinit(config: Config, division: Division, always: tuple[str, ...]) -> Phas
         phases["a layer"] = (*always, "reinit_pending", "reinit_packed", "reinit_rebuild")
     else:
         phases["the last block's backward"] = (*last, "reinit_gathered", "buckets", *_GATHERED)
-        after = (*always, "reinit_gathered")
+        # A rank lets go of the others' layers as soon as their sums are with their owners.
+        after = (*always, "reinit_owned")
         if division.layout == "rows":
-            phases["the last reduction"] = (*always, "gradients", "reinit_gathered", "root_buckets")
+            phases["the last reduction"] = (*after, "gradients", "root_buckets")
         else:
             after = (*after, "gradients")  # DeepSpeed lets go of them at the next backward
         phases["finding P"] = (*after, "reinit_packed", "reinit_decompose")
