@@ -46,13 +46,14 @@ RESULTS = REPOSITORY / "benchmarks" / "results" / "compatibility"
 README = REPOSITORY / "README.md"
 BEGIN, END = "<!-- what works with what: written by tests/distributed/compatibility_report.py -->", "<!-- end -->"
 WIDTH = 128  # of README's lines
+KINDS = ("fp32", "bf16")
 PACKAGES = ("torch", "deepspeed", "bitsandbytes", "transformers")
 
 HEADERS: dict[Value, str] = {
     ("updates", "layer-wise"): "layer-wise updates",
     ("micro-batches", "2"): "accumulation",
     ("clipping", "max_grad_norm"): "`max_grad_norm`",
-    ("clipping", "max_grad_norm_per_parameter"): "`max_grad_norm_` `per_parameter`",
+    ("clipping", "max_grad_norm_per_parameter"): "`max_grad_norm_per_parameter`",
     ("activation checkpointing", "on"): "activation checkpointing",
     ("moments", "8-bit"): "8-bit moments",
     ("precision", "bf16, fp32 masters"): "bf16, fp32 masters",
@@ -160,16 +161,19 @@ def table(record: Record) -> str:
     head = (
         f"Each tick is a run on each of the engine's numbers of ranks, through the command line's code: {NUM_STEPS} "
         "steps with two re-initializations, an evaluation and checkpoints. Its losses must be those of one device in "
-        f"fp32 with nothing else switched on, on the same rows, within {_tolerances()}. The {len(good)} runs are a "
-        "covering array: every two options meet in one of them, too, but where the program refuses. A number stands "
-        "for its words. (`train.compile` without its C++: tests/unit/test_compile.py has that.)"
+        "fp32 with nothing else switched on (but the same clipping and the same trained parameters), on the same rows, "
+        f"within {_tolerances()}. The {len(good)} runs are a covering array: every two options meet in one of them, too, "
+        "but where the program refuses; then a number stands for its words. `train.compile` was run without C++ (backend "
+        "aot_eager): tests/unit/test_compile.py runs it with."
     )
     tail = _pairs_of_options(record, met, notes)
     made = [
         f"Run on {record.provenance['machine']} ({record.provenance['versions']});",
         "[every run](benchmarks/results/compatibility/README.md).",
     ]
-    return "\n".join([textwrap.fill(head, WIDTH), "", *lines, "", *tail, "", *notes.lines(), "", *made])
+    return "\n".join(
+        [textwrap.fill(head, WIDTH, break_on_hyphens=False), "", *lines, "", *tail, "", *notes.lines(), "", *made]
+    )
 
 
 def _percent(share: float) -> str:
@@ -177,11 +181,9 @@ def _percent(share: float) -> str:
 
 
 def _tolerances() -> str:
-    by_precision = {
-        precision: max(most for (p, _), both in TOLERANCES.items() if p == precision for most in both)
-        for precision in FACTORS["precision"]
-    }
-    return "; ".join(f"{precision}: {_percent(most)}" for precision, most in by_precision.items())
+    """The most that is allowed, in fp32 and in bf16."""
+    most = {kind: max(t for (p, _), both in TOLERANCES.items() if p.startswith(kind) for t in both) for kind in KINDS}
+    return " and ".join(f"{_percent(share)} ({kind})" for kind, share in most.items())
 
 
 def _place_cell(record: Record, good: list[Result], notes: Notes, engine: str, world_size: int) -> str:
@@ -251,7 +253,7 @@ def report(record: Record) -> str:
         "",
         "    PYTHONPATH=tests python tests/distributed/compatibility_report.py",
         "",
-        *textwrap.wrap(about, WIDTH),
+        *textwrap.wrap(about, WIDTH, break_on_hyphens=False),
         "",
         f"Machine: {where['machine']}, shared with other work; {where['versions']}; commit {where['commit']}.",
         "",
