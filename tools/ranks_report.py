@@ -16,7 +16,7 @@ ENGINES = {
     "zero1": "ZeRO-1",
     "fsdp2": "FSDP2",
     "sharded": "FSDP2, W and P sharded",
-    "hybrid": "the same in two groups",
+    "hybrid": "FSDP2, W and P sharded, two groups",
 }
 # what -> (case but for the engine, one of STEPS, engines)
 SERIES: dict[str, tuple[dict[str, str], str, tuple[str, ...]]] = {
@@ -370,7 +370,7 @@ def plot(record: dict[str, Any], output: Path) -> None:
 
 def _plot_bytes(ax: Any, results: Results, colors: Any, shown: dict[str, Any]) -> None:
     found = {
-        f"{label}, {ENGINES[engine]}".replace(", ", ",\n").replace(" by", "\nby"): purposes(of_step(result, name))
+        f"{label},\n{ENGINES[engine]}": purposes(of_step(result, name))
         for label, (base, name, engines) in SERIES.items()
         for engine in engines
         if name != "first" and engine != "hybrid"
@@ -383,15 +383,15 @@ def _plot_bytes(ax: Any, results: Results, colors: Any, shown: dict[str, Any]) -
             shown[label] = ax.bar(list(found), heights, bottom=bottom, color=colors(number))
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     ax.set_xticks(range(len(found)), list(found))
-    ax.tick_params(axis="x", labelsize=6)
+    ax.tick_params(axis="x", labelsize=7, rotation=90)
 
 
 def _plot_memory(ax: Any, results: Results) -> None:
     told = [r for r in _of_table(results) if r["case"]["precision"] == "bf16" and r["case"]["engine"] != "zero1"]
-    ticks = ["{0}\n{2}\n{3} rank(s)".format(*_who(result)).replace(", ", ",\n") for result in told]
+    ticks = ["{0}, ranks: {3}\n{2}".format(*_who(result)) for result in told]
     bottom = [0.0] * len(told)
     for name, label in KEPT.items():
         heights = [largest(result["memory"])[name] / MB for result in told]
         ax.bar(ticks, heights, bottom=bottom, label=label)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-    ax.tick_params(axis="x", labelsize=5)
+    ax.tick_params(axis="x", labelsize=7, rotation=90)
