@@ -1,7 +1,7 @@
 """What `compatibility` has run, as a record in benchmarks/results/compatibility, and README's table of it.
 
     PYTHONPATH=tests python tests/distributed/compatibility_report.py             # runs all, and writes both
-    PYTHONPATH=tests python tests/distributed/compatibility_report.py --table     # writes them from the record
+    PYTHONPATH=tests python tests/distributed/compatibility_report.py --table     # from the runs of the record
 
 A tick stands for runs in the record, a number for the program's own words; nothing else makes either.
 """
@@ -162,9 +162,9 @@ def table(record: Record) -> str:
         f"Each tick is a run on each of the engine's numbers of ranks, through the command line's code: {NUM_STEPS} "
         "steps with two re-initializations, an evaluation and checkpoints. Its losses must be those of one device in "
         "fp32 with nothing else switched on (but the same clipping and the same trained parameters), on the same rows, "
-        f"within {_tolerances()}. The {len(good)} runs are a covering array: every two options meet in one of them, too, "
-        "but where the program refuses; then a number stands for its words. `train.compile` was run without C++ (backend "
-        "aot_eager): tests/unit/test_compile.py runs it with."
+        f"within {_tolerances()}. The {len(good)} runs are a covering array: every two options meet in one of them, "
+        "too, but where the program refuses; then a number stands for its words. `train.compile` was run without C++ "
+        "(backend aot_eager): tests/unit/test_compile.py runs it with."
     )
     tail = _pairs_of_options(record, met, notes)
     made = [
@@ -284,15 +284,19 @@ def write(record: Record) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 1 if a run is not as it should be."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--table", action="store_true", help="only write README's table, from the record that is there")
-    if parser.parse_args(arguments).table:
-        record = Record.read()
-        write(record)
-        return 0
+    parser.add_argument("--table", action="store_true", help="run nothing: ask what is refused, and write the table")
+    only_table = parser.parse_args(arguments).table
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         launches.Workshop(folder)
         plan = make_plan(folder)
+        if only_table:
+            record = Record.read()
+            record.refused, record.impossible = plan.refused, plan.impossible
+            write(record)
+            missing = [case for case in plan.cases if all(result.case != case for result in record.results)]
+            print(*(f"not run: {case}" for case in missing), sep="\n")
+            return int(bool(missing))
         cases = [*plan.references, *plan.cases]
         record = Record.of(plan)
         for world_size in WORLD_SIZES:  # what is there is kept if the rest is interrupted
