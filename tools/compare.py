@@ -327,7 +327,8 @@ class Runner:
             write_whole(child.directory / "result.json", content)
             result = read_result(self.work, child.row.spec)
         assert result is not None
-        self.results[name] = result
+        # Not this result alone: what a search comes to may have been run already, after a smaller search.
+        self.results = known_results(self.work, self.plan)
         self._rows = self.plan.rows(self.results)
         self.progress.say(f"{describe(child.row)}: {outcome(result)}")
 

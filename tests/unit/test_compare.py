@@ -196,6 +196,14 @@ def test_a_search_decides_what_comes_next(bench: Any) -> None:
     assert [spec.lr for spec in specs] == pytest.approx([0.5 * lr] * 2) and len(made.starts) == 4
 
 
+def test_a_larger_search_repeats_nothing(bench: Any) -> None:
+    # the smallest of the rates wins again, and what it trained for the table is there
+    made = bench("adamw", search=(1.0, 0.5), seeds=2)
+    assert made.run() and len(made.starts) == 3
+    more = bench("adamw", search=(1.0, 0.5, 2.0), seeds=2)
+    assert more.run() and len(more.starts) == 1
+
+
 def test_two_at_work_in_one_directory_are_one_too_many(compare: Any, tmp_path: Path) -> None:
     with compare.locked(tmp_path), pytest.raises(ValueError, match="is at work there"), compare.locked(tmp_path):
         pass
