@@ -17,7 +17,7 @@ from loqt_ds.data import Tokenizer
 from loqt_ds.evaluation import Evaluation
 from loqt_ds.export import export_model, load_export
 from loqt_ds.generation import answer_greedily
-from loqt_ds.memory import plan
+from loqt_ds.memory import Division, plan
 from loqt_ds.method.conversion import TASKS, loqt_layers
 from loqt_ds.run import Run
 from loqt_ds.trainer import ticker
@@ -129,7 +129,8 @@ def _export(run: Run, trained: Evaluation, finished: Finished, say: Say) -> nn.M
     if output is None:
         say(f"{run.directory} holds an export of this step already: nothing was trained since, nothing is written")
         return run.engine.network
-    planned = plan(config, vocab_size=int(run.model_config.vocab_size)).entries
+    # Rank 0 exports alone, whatever was divided before.
+    planned = plan(config, vocab_size=int(run.model_config.vocab_size), division=Division()).entries
     # As much again for the evaluation, and what answers need.
     needed = planned["export_model"] + 2 * planned["export_workspace"] + planned["answers"]
     limit_gib = config.train.memory_limit_gib
