@@ -169,7 +169,7 @@ def check_carried(actual: dict[str, Tensor], expected: dict[str, Tensor], kind: 
     assert any(name.endswith("/second") for name in actual)
     for name, tensor in expected.items():
         if "8 bits" in kind and name.endswith(("/first", "/second")):
-            assert relative(actual[name], tensor) < 0.02, name
+            assert relative(actual[name], tensor) < 0.05, name  # of ZeRO, blocks straddle layers of other scales
         else:
             assert fingerprint(actual[name]) == fingerprint(tensor), name
 
