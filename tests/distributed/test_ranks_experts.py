@@ -42,12 +42,13 @@ def configuration(world_size: int) -> Config:
 
 
 def few_tokens(step: int) -> Tensor:
-    """(rows, 3): a rank has four tokens of two experts each, which cannot reach all six of every block alike."""
+    """(rows, 3): a rank has four tokens, or two, of two experts each, which cannot reach all six of every block
+    alike."""
     return torch.randint(0, VOCAB, (ROWS, 3), generator=torch.Generator().manual_seed(70 + step))
 
 
-def run_steps(ranks: Ranks, stage: int) -> dict[str, Any]:
-    engine = build(ranks, configuration(ranks.world_size), stage=stage, description=description())
+def run_steps(ranks: Ranks, options: dict[str, Any]) -> dict[str, Any]:
+    engine = build(ranks, configuration(ranks.world_size), description=description(), **options)
     losses, num_kept = [], []
     for step in range(NUM_STEPS):
         loss, report = step_on(engine, few_tokens(step))
@@ -59,8 +60,17 @@ def run_steps(ranks: Ranks, stage: int) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2])
-def test_two_ranks_train_experts_like_one_process(stage: int) -> None:
+@pytest.mark.parametrize(
+    ("world_size", "options"),
+    [
+        (2, {"stage": 1}),
+        (2, {"stage": 2}),
+        (2, {"fsdp": {}}),
+        (2, {"fsdp": {"shard_frozen": True}}),
+        (4, {"fsdp": {"shard_frozen": True, "num_replicas": 2}}),
+    ],
+)
+def test_ranks_train_experts_like_one_process(world_size: int, options: dict[str, Any]) -> None:
     config = configuration(1)
     model, source = build_model(description(), config.loqt, initializer(0))
     engine = SingleEngine(model, config, original=source.weight)
@@ -70,7 +80,7 @@ def test_two_ranks_train_experts_like_one_process(stage: int) -> None:
         losses.append(loss)
         num_kept += [] if report.reinit is None else [report.reinit.summary()["num_kept"]]
     assert len(num_kept) == 3
-    results = launch(2, run_steps, stage=stage)
+    results = launch(world_size, run_steps, options=options)
     for result in results:
         assert result["losses"] == pytest.approx(losses, rel=1e-4)
         assert result["num_kept"] == num_kept
