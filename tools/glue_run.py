@@ -44,7 +44,7 @@ STEPS = {"cola": 240, "sst2": 240, "mrpc": 115, "stsb": 180, "rte": 78}
 METHODS = ("full", "lora", "loqt", "nomerge")
 # Peak rates of what a method trains in the place of the adapted linears, from which --search starts, and of the
 # classifier.
-RATES = {"full": 1e-3, "lora": 3e-3, "loqt": 3e-3, "nomerge": 3e-3}
+RATES = {"full": 3e-3, "lora": 3e-3, "loqt": 3e-3, "nomerge": 3e-3}
 RATE_OF_HEAD = 1e-3
 
 
