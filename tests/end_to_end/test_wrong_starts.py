@@ -142,7 +142,7 @@ def test_options_that_fsdp_cannot_honour(
         (2, [], "WORLD_SIZE=2"),
         (2, ["--ds_config", str(ZERO2), "engine=fsdp2"], f"engine=fsdp2 with --ds_config {ZERO2}"),
         (3, ["engine=fsdp2", "fsdp.num_replicas=2"], "fsdp.num_replicas=2 with 3 ranks"),
-        (2, ["engine=fsdp2", "optim.layerwise=true"], "optim.layerwise=true with engine=fsdp2"),
+        (2, ["engine=fsdp2", "optim.layerwise=true", "train.max_grad_norm=null"], "optim.layerwise=true with engine"),
         (2, ["engine=fsdp2", "loqt.rank=65"], "loqt.rank=65"),
     ],
     ids=["no-engine", "both", "groups", "layerwise", "rank"],
