@@ -153,7 +153,8 @@ def check_goes_on(first_runs: FirstRuns, kind: str, before: list[str], after: st
     results = at(after, second_runs, kind=kind, paths={place: run["path"] for place, run in runs.items()})
     num = REINIT - SAVED + 1
     for place, run in runs.items():
-        check_carried(results[place]["held"], run["held"], kind)
+        # ZeRO's blocks straddle layers, whose moments may be a thousandth of their neighbours'.
+        check_carried(results[place]["held"], run["held"], kind, coarseness=0.2 if "zero2" in after else 0.02)
         actual, expected = results[place]["records"], run["records"]
         for key in ("step", "rates", "reinit"):
             assert [record[key] for record in actual] == [record[key] for record in expected]
@@ -163,13 +164,13 @@ def check_goes_on(first_runs: FirstRuns, kind: str, before: list[str], after: st
         assert losses[num:] == pytest.approx(wanted[num:], rel=0.02), place
 
 
-def check_carried(actual: dict[str, Tensor], expected: dict[str, Tensor], kind: str) -> None:
-    """Every bit comes over; but moments that are quantized in other blocks, which come close."""
+def check_carried(actual: dict[str, Tensor], expected: dict[str, Tensor], kind: str, *, coarseness: float) -> None:
+    """Every bit comes over; but moments that are quantized in other blocks, which come as close as these allow."""
     assert actual.keys() == expected.keys()
     assert any(name.endswith("/second") for name in actual)
     for name, tensor in expected.items():
         if "8 bits" in kind and name.endswith(("/first", "/second")):
-            assert relative(actual[name], tensor) < 0.05, name  # of ZeRO, blocks straddle layers of other scales
+            assert relative(actual[name], tensor) < coarseness, name
         else:
             assert fingerprint(actual[name]) == fingerprint(tensor), name
 
