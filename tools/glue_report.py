@@ -174,7 +174,7 @@ def write(results: Sequence[Result], searched: Sequence[Result], base: Path, out
         "## Each score",
         "",
         "The loss of who reads nothing is that of the classes' frequencies, or of the mean number, in the training "
-        "examples.",
+        "examples. A Matthews correlation of 0 is that of one answer to everything.",
         "",
         *score_table(results),
     ]
