@@ -121,7 +121,7 @@ def test_groups_that_do_not_divide_several_ranks(num: int, world_size: int) -> N
         ({"train__max_grad_norm_per_parameter": 1.0}, ["train.max_grad_norm_per_parameter=1.0", "train.max_grad_norm"]),
         (
             {"loqt__dequantized_cache_gib": 0.5, "fsdp__shard_frozen": True},
-            ["loqt.dequantized_cache_gib=0.5", "fsdp.shard_frozen=true", "set one of them"],
+            ["loqt.dequantized_cache_gib=0.5", "fsdp.shard_frozen=true", "fsdp.shard_frozen=false"],
         ),
     ],
     ids=str,

@@ -56,7 +56,8 @@ def test_the_ranks_share_the_batches(num_batches: int, world_size: int) -> None:
     results = as_ranks(world_size, member) if world_size > 1 else [member(ALONE)]
     assert len(set(results)) == 1, "the same bits on all ranks"
     assert results[0].num_tokens == count and results[0].loss == pytest.approx(loss, rel=1e-6)
-    assert sum(num_calls) == num_batches and max(num_calls) == -(-num_batches // world_size)
+    # As many on each rank, what counts and what does not: models that are sharded are run by all together.
+    assert num_calls == [-(-num_batches // world_size)] * world_size
     assert model.training
 
 
