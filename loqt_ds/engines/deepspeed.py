@@ -36,17 +36,18 @@ from loqt_ds.engines.processes import prepare_to_meet
 from loqt_ds.engines.state import (
     ShardedFactors,
     check_replicas,
+    engine_state,
     load_model,
     own_part,
     random_tensors,
-    restore_random,
+    take_back,
 )
 from loqt_ds.export import ExportReport, export_model
 from loqt_ds.method.controller import Controller
 from loqt_ds.method.conversion import keep_dequantized, loqt_layers
 from loqt_ds.optim import LearningRates, RoundingAdam, build_optimizer, parameter_groups
 from loqt_ds.ranks import Ranks
-from loqt_ds.shards import LAYOUT, Fragment, Shard, ShardedState
+from loqt_ds.shards import Fragment, Shard, ShardedState
 
 DEFAULT_TIMEOUT_SECONDS = TrainConfig().collective_timeout_seconds
 _SAVED_HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
@@ -309,13 +310,8 @@ class LoQTEngine(DeepSpeedEngine):
             self._in_step = False
 
     def saved_state(self) -> dict[str, Any]:
-        state = {
-            "engine": "deepspeed",
-            "step": self.global_steps,
-            "controller": self.controller.state_dict(),
-            "skipped_steps": self.skipped_steps,
-            LAYOUT: self._state.layout(),
-        }
+        state = engine_state("deepspeed", self.global_steps, self.controller, self._state)
+        state["skipped_steps"] = self.skipped_steps
         if (scaler := self._loss_scaler()) is not None:
             state["loss_scaler"] = {k: v for k, v in vars(scaler).items() if isinstance(v, bool | int | float)}
         if self._rates is None:
@@ -328,11 +324,8 @@ class LoQTEngine(DeepSpeedEngine):
 
     def restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.metadata["engine_state"]
-        self.controller.load_state_dict(state["controller"])  # first: it may refuse
-        load_model(self.module, checkpoint)
-        self.controller.check_originals()
-        self._state.restore(checkpoint)
-        random = restore_random(checkpoint, self.ranks, self.device, self._loqt_config.train.seed)
+        seed = self._loqt_config.train.seed
+        random = take_back(checkpoint, self.module, self.controller, self._state, device=self.device, seed=seed)
         rounding = random.get(f"rounding_{self.device.type}")
         if rounding is not None and isinstance(self.basic_optimizer, RoundingAdam):
             self.basic_optimizer.generator(self.device).set_state(rounding)

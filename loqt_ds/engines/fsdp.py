@@ -40,11 +40,11 @@ from loqt_ds.engines.processes import prepare_to_meet
 from loqt_ds.engines.state import (
     ShardedFactors,
     check_replicas,
-    load_model,
+    engine_state,
     own_part,
     own_rows,
     random_tensors,
-    restore_random,
+    take_back,
     whole_tensors,
 )
 from loqt_ds.method.controller import Controller
@@ -54,7 +54,7 @@ from loqt_ds.method.linear import LoQTLinear
 from loqt_ds.optim import LearningRates, ParameterOptimizer, clipping_scale, freeze_full_rank, gradient_norm
 from loqt_ds.optim import parameter_groups as find_groups
 from loqt_ds.ranks import Ranks
-from loqt_ds.shards import LAYOUT, Fragment, Shard, ShardedState
+from loqt_ds.shards import Fragment, Shard, ShardedState
 
 
 def start_distributed(*, timeout_seconds: int) -> Ranks:
@@ -379,21 +379,12 @@ class FSDPEngine:
         }
 
     def saved_state(self) -> dict[str, Any]:
-        return {
-            "engine": "fsdp2",
-            "step": self._step,
-            "controller": self.controller.state_dict(),
-            LAYOUT: self._state.layout(),
-        }
+        return engine_state("fsdp2", self._step, self.controller, self._state)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        state = checkpoint.metadata["engine_state"]
-        self.controller.load_state_dict(state["controller"])  # first: it may refuse
-        load_model(self._model, checkpoint, dtype=self._sharding.dtype)
-        self.controller.check_originals()
-        self._state.restore(checkpoint)
-        restore_random(checkpoint, self.ranks, self.device, self._config.train.seed)
-        self._step = int(state["step"])
+        seed, dtype = self._config.train.seed, self._sharding.dtype
+        take_back(checkpoint, self._model, self.controller, self._state, device=self.device, seed=seed, dtype=dtype)
+        self._step = int(checkpoint.metadata["engine_state"]["step"])
         self._check_replicas()
 
     def masters(self) -> dict[str, Tensor]:

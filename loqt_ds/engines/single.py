@@ -28,12 +28,12 @@ from loqt_ds.checkpoint import Checkpoint
 from loqt_ds.config import Config
 from loqt_ds.core.subspace import layer_seed
 from loqt_ds.engines.base import StepReport
-from loqt_ds.engines.state import ShardedFactors, load_model, model_tensors, random_tensors, restore_random
+from loqt_ds.engines.state import ShardedFactors, engine_state, model_tensors, random_tensors, take_back
 from loqt_ds.method.controller import Controller
 from loqt_ds.method.conversion import loqt_layers
 from loqt_ds.optim import LearningRates, ParameterOptimizer, clipping_scale, gradient_norm, parameter_groups
 from loqt_ds.ranks import ALONE
-from loqt_ds.shards import LAYOUT, Fragment, Shard, ShardedState
+from loqt_ds.shards import Fragment, Shard, ShardedState
 
 
 def _shard(name: str, item: ParameterOptimizer) -> Shard:
@@ -219,21 +219,12 @@ class SingleEngine:
         }
 
     def saved_state(self) -> dict[str, Any]:
-        return {
-            "engine": "single",
-            "step": self._step,
-            "controller": self.controller.state_dict(),
-            LAYOUT: self._state.layout(),
-        }
+        return engine_state("single", self._step, self.controller, self._state)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        state = checkpoint.metadata["engine_state"]
-        self.controller.load_state_dict(state["controller"])  # first: it may refuse
-        load_model(self._model, checkpoint)
-        self.controller.check_originals()
-        self._state.restore(checkpoint)
-        restore_random(checkpoint, self.ranks, self.device, self._config.train.seed)
-        self._step = int(state["step"])
+        seed = self._config.train.seed
+        take_back(checkpoint, self._model, self.controller, self._state, device=self.device, seed=seed)
+        self._step = int(checkpoint.metadata["engine_state"]["step"])
 
     def masters(self) -> dict[str, Tensor]:
         return self._state.masters()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,10 @@ from torch.distributed.tensor import DTensor
 from loqt_ds.checkpoint import Checkpoint, CheckpointError
 from loqt_ds.core.subspace import layer_seed
 from loqt_ds.engines.base import ReplicaMismatch
+from loqt_ds.method.controller import Controller
 from loqt_ds.method.conversion import loqt_layers
 from loqt_ds.ranks import Ranks
-from loqt_ds.shards import ShardedState
+from loqt_ds.shards import LAYOUT, ShardedState
 
 _HASH_CHUNK = 2**20  # 8-byte words hashed at a time
 _HASH_FACTORS = (0x1E3779B97F4A7C15, 0x7F51AFD7ED558CCD, 0x44CEB9FE1A85EC53)  # odd, so that each product is one-to-one
@@ -217,6 +219,36 @@ def _who_differs(found: Tensor, members: list[int]) -> str:
         return f"between ranks {', '.join(map(str, members))}; too few to tell which is right"
     odd = [rank for rank, row in zip(members, found, strict=True) if (row != usual).any()]
     return f"rank {', '.join(map(str, odd))} from the others"
+
+
+# ---------------------------------------------------------------- saving, alike in all engines
+
+
+def engine_state(name: str, step: int, controller: Controller, state: ShardedState) -> dict[str, Any]:
+    """What an engine of that name saves beside tensors, as JSON. Collective."""
+    return {"engine": name, "step": step, "controller": controller.state_dict(), LAYOUT: state.layout()}
+
+
+def take_back(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    controller: Controller,
+    state: ShardedState,
+    *,
+    device: torch.device,
+    seed: int,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Restores model, re-initializations, optimizer and random state from a checkpoint of any engine. Collective.
+
+    Returns the random tensors that were saved of this rank. `dtype`: as of `load_model`. Raises CheckpointError or
+    ValueError for a checkpoint that does not fit.
+    """
+    controller.load_state_dict(checkpoint.metadata["engine_state"]["controller"])  # first: it may refuse
+    load_model(model, checkpoint, dtype=dtype)
+    controller.check_originals()
+    state.restore(checkpoint)
+    return restore_random(checkpoint, controller.ranks, device, seed)
 
 
 # ---------------------------------------------------------------- random states
