@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from workshop import Workshop
@@ -33,3 +34,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory, so that runs/ is made there."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails where weights are drawn, read, or room is made for them."""
+
+    def loaded(*_: Any, **__: Any) -> Any:
+        raise AssertionError("weights were loaded before the mistake was found")
+
+    monkeypatch.setattr("loqt_ds.run.build_model", loaded)
+    monkeypatch.setattr("loqt_ds.run.materialize_zeros", loaded)

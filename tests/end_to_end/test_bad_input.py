@@ -18,16 +18,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from workshop import SHAPE, Workshop, events, files_below, losses, main, write_corpus
 
-
-@pytest.fixture(autouse=True)
-def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails where weights are drawn, read, or room is made for them."""
-
-    def loaded(*_: Any, **__: Any) -> Any:
-        raise AssertionError("weights were loaded before the mistake was found")
-
-    monkeypatch.setattr("loqt_ds.run.build_model", loaded)
-    monkeypatch.setattr("loqt_ds.run.materialize_zeros", loaded)
+pytestmark = pytest.mark.usefixtures("no_weights")
 
 
 def refuse(

@@ -15,16 +15,7 @@ from workshop import PRETRAIN, ZERO2, Workshop, command, files_below, main
 from loqt_ds.config import ConfigError, load_config
 from loqt_ds.memory.division import division_of
 
-
-@pytest.fixture(autouse=True)
-def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails where weights are drawn, read, or room is made for them."""
-
-    def loaded(*_: Any, **__: Any) -> Any:
-        raise AssertionError("weights were loaded before the mistake was found")
-
-    monkeypatch.setattr("loqt_ds.run.build_model", loaded)
-    monkeypatch.setattr("loqt_ds.run.materialize_zeros", loaded)
+pytestmark = pytest.mark.usefixtures("no_weights")
 
 
 @pytest.fixture(autouse=True)
