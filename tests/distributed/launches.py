@@ -206,14 +206,14 @@ class Workshop:
             )
         try:
             deadline = time.monotonic() + START_SECONDS
-            while not log.exists() and process.poll() is None and time.monotonic() < deadline:
+            while not strikes(log) and process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.1)
-            assert log.exists(), f"nothing happened\n{printed.read_text()}"
+            assert strikes(log), f"nothing happened\n{printed.read_text()}"
             if then is not None:
                 then(process)
 
             def seconds_since() -> float:
-                return time.time() - json.loads(log.read_text().splitlines()[-1])["time"]
+                return time.time() - strikes(log)[-1]["time"]
 
             while not (gone := process.poll() is not None and not processes_of(mark)):
                 if seconds_since() > END_SECONDS:
@@ -239,6 +239,13 @@ def _train(arguments: list[str], variables: dict[str, str], printed: str) -> Non
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     raise SystemExit(faulty.main(arguments))
+
+
+def strikes(log: Path) -> list[dict[str, Any]]:
+    """What `faulty.strike` has noted so far: whole lines only, since the file is there before its first line is."""
+    if not log.exists():
+        return []
+    return [json.loads(line) for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def free_port() -> int:
