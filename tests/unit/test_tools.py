@@ -73,6 +73,51 @@ def test_plot_draws_several_runs_with_losses_that_are_not_finite(tool: Any, tmp_
     assert output.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_page_of_a_run_says_what_its_files_say(
+    tool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+    from loqt_ds.config import load_config, save_yaml
+
+    evaluations = [
+        {"event": "eval", "step": s, "loss": x, "perplexity": math.exp(x), "num_tokens": 77, "exact_match": m}
+        for s, x, m in ((0, 6.25, 0.0), (2, 5.5, 0.5), (2, 3.125, 0.75))  # the second was done again after a resume
+    ]
+    reinit = {"event": "reinit", "step": 1, "num_layers": 9, "captured_energy": 0.5, "seconds": 0.25, "layers": [1]}
+    reinit |= {"error_before": 0.125, "error_after": 0.0625}
+    export = {"event": "export", "step": 2, "format": "adapter", "loss": 3.25, "perplexity": 25.8, "exact_match": 0.75}
+    data = {"event": "data", "step": 0, "num_rows": 1234, "num_too_long": 5}
+    run = write_run(tmp_path / "run", {}, [])
+    steps = [{"step": s, "loss": 7 - s, "tokens": 300 * s, "tokens_per_second": 100} for s in (1, 2)]
+    lines = [data, evaluations[0], *steps[:1], reinit, *steps, *evaluations[1:], export]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo')
+    options = ["model.shape=llama_9m", "loqt.rank=7", f"data.path={tmp_path}/secret/rows.jsonl", "name=tried"]
+    save_yaml(load_config(None, options), run / "config.yaml")
+
+    output = tmp_path / "page"
+    assert tool("report_run").main([str(run), "--output", str(output)]) == 0
+    page, record = (output / "REPORT.md").read_text(), json.loads((output / "results.json").read_text())
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    for row in (
+        "| num_rows | 1,234 |",
+        "| 0 | 6.2500 | 518.0128 | 0.0000 |",
+        "| 2 | 3.1250 | 22.7599 | 0.7500 |",
+        "| adapter, loaded again | 3.2500 | 25.8000 | 0.7500 |",
+        "| 1 | 9 | 0.5000 | 0.1250 | 0.0625 | 0.2500 |",
+    ):
+        assert page.count(row) == 1, page
+    assert "5.5" not in page and "secret" not in page
+    assert record["options"] == {
+        "name": "tried",
+        "model.shape": "llama_9m",
+        "loqt.rank": 7,
+        "data.path": "rows.jsonl",
+    } | {k: v for k, v in record["options"].items() if k == "train.dtype"}
+    assert record["losses"] == {"1": 6.0, "2": 5.0} and record["training_seconds"] == 6.0
+    assert tool("report_run").main([str(tmp_path), "--output", str(tmp_path / "none")]) == 2
+    assert "metrics.jsonl does not exist" in capsys.readouterr().err
+
+
 def test_comparison_measures_the_jump_and_pairs_seeds(tool: Any, tmp_path: Path) -> None:
     compare = tool("compare_option")
     # the loss falls by 0.1 a step and jumps by 1 after the re-initialization at step 10; the first one is left out
