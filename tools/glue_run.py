@@ -34,7 +34,8 @@ from loqt_ds.data.glue import TASKS
 from loqt_ds.evaluation import evaluate, model_inputs, num_predicted, summed_loss
 from loqt_ds.method import head
 from loqt_ds.method.conversion import build_empty, checkpoint_files, target_linears, task_head_parameters, tie_weights
-from loqt_ds.run import configure_model, prepare, resolve_config
+from loqt_ds.preflight import configure_model, resolve_config
+from loqt_ds.run import prepare
 
 Say = Callable[[str], None]
 

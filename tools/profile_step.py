@@ -51,8 +51,9 @@ from loqt_ds.method.controller import Controller
 from loqt_ds.method.description import model_description, training_dtype
 from loqt_ds.method.linear import LoQTLinear
 from loqt_ds.operations import PARTS, REINIT_PARTS, Work, reinit_work, step_work
+from loqt_ds.preflight import choose_device, resolve_activations, resolve_config
 from loqt_ds.ranks import ALONE
-from loqt_ds.run import build_engine, choose_device, load_model, resolve_activations, resolve_config
+from loqt_ds.run import build_engine, load_model
 from loqt_ds.train import set_environment
 
 ROW = 256

@@ -84,8 +84,9 @@ from loqt_ds.engines.single import SingleEngine
 from loqt_ds.evaluation import model_inputs, num_predicted
 from loqt_ds.method.conversion import build_empty, build_meta, loqt_layers, target_linears
 from loqt_ds.method.description import training_dtype
+from loqt_ds.preflight import resolve_activations
 from loqt_ds.ranks import ALONE
-from loqt_ds.run import build_engine, load_model, resolve_activations
+from loqt_ds.run import build_engine, load_model
 
 __all__ = [
     "METHODS",

@@ -30,7 +30,7 @@ from loqt_ds.evaluation import model_inputs, num_predicted
 from loqt_ds.method import head
 from loqt_ds.method.conversion import build_empty, checkpoint_files, initializer, target_linears, tie_weights
 from loqt_ds.method.description import model_description
-from loqt_ds.run import resolve_config
+from loqt_ds.preflight import resolve_config
 
 
 class MissingPackage(ImportError):

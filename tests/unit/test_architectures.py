@@ -31,7 +31,7 @@ from loqt_ds.method.conversion import build_model, checkpoint_files, convert, in
 from loqt_ds.method.description import model_description
 from loqt_ds.method.linear import LoQTLinear
 from loqt_ds.method.structure import wanted_experts
-from loqt_ds.run import check_model
+from loqt_ds.preflight import check_model
 
 TEXT = dict(
     vocab_size=VOCAB,

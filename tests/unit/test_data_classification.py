@@ -20,7 +20,7 @@ from loqt_ds.data.classification import blind_loss
 from loqt_ds.data.errors import DataError
 from loqt_ds.data.glue import TASKS
 from loqt_ds.data.tokenizer import TransformersTokenizer
-from loqt_ds.run import configure_model
+from loqt_ds.preflight import configure_model
 
 WORDS = ["a", "man", "is", "playing", "the", "flute", "guitar", "two", "dogs", "run", "in", "park", "someone", "reads"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

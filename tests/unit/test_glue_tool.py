@@ -98,8 +98,9 @@ def test_all_methods_start_from_the_same_function(glue: Any, folder: Path, tmp_p
 
     from loqt_ds.data import build_data, load_or_train_tokenizer
     from loqt_ds.evaluation import model_inputs
+    from loqt_ds.preflight import configure_model, resolve_config
     from loqt_ds.ranks import ALONE
-    from loqt_ds.run import configure_model, load_model, resolve_config
+    from loqt_ds.run import load_model
 
     spec = glue.Spec("sst2", "loqt", 3, 1e-3, 4, rows=8, length=32, rank=8, interval=2)
     config = glue_run.config_of(spec, folder / "base", folder / "tasks", tmp_path / "run")

@@ -39,6 +39,7 @@ LEVELS = {
     "loqt_ds.settling": 3.7,
     "loqt_ds.trainer": 4.0,
     "loqt_ds.rundir": 4.2,
+    "loqt_ds.preflight": 4.2,
     "loqt_ds.run": 4.5,
     "loqt_ds.finish": 4.5,
     "loqt_ds.train": 5.0,

@@ -25,7 +25,7 @@ from loqt_ds.method import lean
 from loqt_ds.method.conversion import build_model, initializer, loqt_layers
 from loqt_ds.method.linear import LoQTLinear
 from loqt_ds.method.recompute import recipe_of, recomputed
-from loqt_ds.run import _check_options
+from loqt_ds.preflight import check_options
 
 SHAPE = dict(
     vocab_size=61,
@@ -608,7 +608,7 @@ def test_kernels_that_cannot_run_are_refused():
 def test_a_run_is_refused_before_it_has_weights():
     config = Config(model=ModelConfig(shape="llama_60m", kernels="liger"), train=TrainConfig(device="cpu"))
     with pytest.raises(ConfigError, match="model.kernels=liger needs a CUDA device, not cpu"):
-        _check_options(config, None)
+        check_options(config, None)
 
 
 def test_a_missing_liger_is_named(monkeypatch):

@@ -22,8 +22,9 @@ from loqt_ds.finish import make_room
 from loqt_ds.memory import GIB, Asker, check_fits, plan, planned_model
 from loqt_ds.memory.command import main
 from loqt_ds.memory.machine import host_bytes
+from loqt_ds.preflight import check_memory, resolve_activations
 from loqt_ds.ranks import ALONE
-from loqt_ds.run import check_memory, load_model, resolve_activations
+from loqt_ds.run import load_model
 
 # GiB: W and P in NF4 with double quantization, B in bf16 without masters, 8-bit Adam, layer-wise; 1 GiB of context.
 TARGETS = {
