@@ -242,6 +242,25 @@ def build_model(
     return materialize(model, loqt, source, device=device, dtype=dtype, ranks=ranks, shard=shard)
 
 
+def _fill(made: nn.Module, tensors: dict[str, Tensor], device: torch.device, *, is_tied: bool) -> None:
+    """Gives an empty module its own tensors, as the source gives them; a tied head's weight is the embedding's."""
+    if is_tied:
+        tensors.pop("weight", None)
+    if isinstance(made, LoQTLinear):
+        weight = tensors["weight"].to(device).float()
+        made.set_w(quantize(weight.t().contiguous() if made.is_stored_transposed else weight, made.spec_w))
+        tensors = {"bias": tensors["bias"]} if made.bias is not None else {}
+    for short, tensor in tensors.items():
+        getattr(made, short).copy_(tensor)
+
+
+def _stored(module: nn.Module) -> list[Tensor]:
+    """What a module holds beside its parameters: quantized W, or buffers."""
+    if isinstance(module, LoQTLinear):
+        return list(module.packed_w().values())
+    return [buffer for _, buffer in persistent_buffers(module)]
+
+
 @torch.no_grad()
 def materialize(
     model: nn.Module,
@@ -297,17 +316,6 @@ def materialize(
             module._buffers[short] = buffer.to(device)
         return module
 
-    def fill(made: nn.Module, tensors: dict[str, Tensor]) -> None:
-        """With the module's own tensors, as the source gives them."""
-        if made is tied:
-            tensors.pop("weight", None)
-        if isinstance(made, LoQTLinear):
-            weight = tensors["weight"].to(device).float()
-            made.set_w(quantize(weight.t().contiguous() if made.is_stored_transposed else weight, made.spec_w))
-            tensors = {"bias": tensors["bias"]} if made.bias is not None else {}
-        for short, tensor in tensors.items():
-            getattr(made, short).copy_(tensor)
-
     jobs = [(n, m) for n, m in model.named_modules() if own_parameters(m, tied) or persistent_buffers(m)]
     unsharded = {} if shard is None else blocks(model, linears)
     for start in range(0, len(jobs), ranks.world_size):
@@ -317,14 +325,10 @@ def materialize(
         tensors = ranks.attempt(lambda own=own: weights.module(*own) if own is not None else {})  # type: ignore[misc]
         made = [(name, empty(name, module)) for name, module in batch]
         if own is not None:
-            fill(made[ranks.rank][1], tensors)
+            _fill(made[ranks.rank][1], tensors, device, is_tied=made[ranks.rank][1] is tied)
         del tensors  # before the next is there
         for owner, (name, module) in enumerate(made):
-            if isinstance(module, LoQTLinear):
-                beside = list(module.packed_w().values())
-            else:
-                beside = [buffer for _, buffer in persistent_buffers(module)]
-            for tensor in (*beside, *(p.data for _, p in own_parameters(module, tied))):
+            for tensor in (*_stored(module), *(p.data for _, p in own_parameters(module, tied))):
                 ranks.broadcast(tensor, owner)
             if name in linears:
                 _replace(model, name, module)
