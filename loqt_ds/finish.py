@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -196,15 +197,17 @@ def sample(
 
 
 def _say_samples(run: Run, model: nn.Module, say: Say) -> None:
-    """Continuations of the first tokens of held-out rows; of questions, the answers."""
+    """Continuations of the first tokens of held-out rows; of questions, the answers. No longer than the model sees."""
     options, tokenizer, device = run.config.eval, run.tokenizer, next(model.parameters()).device
+    longest = getattr(run.model_config, "max_position_embeddings", None) or sys.maxsize
     say("")
     if run.data.questions:
-        prompts = [question.prompt for question in run.data.questions[: options.num_samples]]
+        fitting = [question.prompt for question in run.data.questions if len(question.prompt) < longest]
+        prompts = fitting[: options.num_samples]
         made = answer_greedily(
             model,
             prompts,
-            max_new_tokens=options.sample_tokens,
+            max_new_tokens=min([options.sample_tokens, *(longest - len(prompt) for prompt in prompts)]),
             batch_size=1,
             eot_id=tokenizer.eot_id,
             pad_id=tokenizer.pad_id,
@@ -212,7 +215,7 @@ def _say_samples(run: Run, model: nn.Module, say: Say) -> None:
         )
         _say_continuations("held-out prompt ⟶ answer", tokenizer, prompts, made, say)
         return
-    prompt_length = min(32, max(1, run.config.data.sequence_length // 2))
+    prompt_length = min(32, max(1, run.config.data.sequence_length // 2), longest - 1)
     rows = islice((row for batch in run.data.validation.batches(1) for row in batch["input_ids"]), options.num_samples)
     prompts = [[token for token in row[:prompt_length].tolist() if token != tokenizer.pad_id] for row in rows]
     made = [
@@ -220,7 +223,7 @@ def _say_samples(run: Run, model: nn.Module, say: Say) -> None:
             model,
             tokenizer,
             prompt,
-            num_tokens=options.sample_tokens,
+            num_tokens=min(options.sample_tokens, longest - len(prompt)),
             seed=run.config.train.seed + number,
             device=device,
         )

@@ -193,6 +193,8 @@ def configure_model(config: Config, tokenizer: Tokenizer) -> Any:
     rows = int(model_config.vocab_size)
     if tokenizer.vocab_size > rows:
         remedy = "use the model's own tokenizer" if config.model.path else "set model.vocab_size=auto"
+        if config.model.path is not None and config.data.tokenizer == config.model.path:
+            remedy = "its tokenizer has tokens added to it: call resize_token_embeddings on the model and save it again"
         raise ConfigError(
             f"data.tokenizer={config.data.tokenizer} has {tokenizer.vocab_size} ids, the model's vocabulary has {rows} "
             f"(model.vocab_size={wanted}): they do not fit; {remedy}"

@@ -34,6 +34,8 @@ _FREE_ON_RESUME = (
     "optim.layerwise",
     "train.lean_activations",
     "train.compile",
+    "train.activation_checkpointing",
+    "loqt.dequantized_cache_gib",
     "train.collective_timeout_seconds",
     "engine",
     "fsdp.",

@@ -530,7 +530,7 @@ def describe_model(config: Config) -> tuple[Path, dict[str, Any]]:
             except ConfigError as error:
                 raise ConfigError(f"{option}: {error}") from error
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"), object_hook=_special_float)
     except OSError as error:
         raise ConfigError(f"{option}: {file} cannot be read ({error.strerror}); give a transformers config") from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
@@ -540,14 +540,20 @@ def describe_model(config: Config) -> tuple[Path, dict[str, Any]]:
     return file, content
 
 
+def _special_float(content: dict[str, Any]) -> Any:
+    """transformers writes an infinity, which JSON has not, as {"__float__": "Infinity"}."""
+    return float(content["__float__"]) if content.keys() == {"__float__"} else content
+
+
 def _check_description(config: Config) -> None:
     file, content = describe_model(config)
-    longest = content.get("max_position_embeddings")
-    if isinstance(longest, int) and config.data.sequence_length > longest:
-        raise ConfigError(
-            f"data.sequence_length={config.data.sequence_length} is more than max_position_embeddings={longest} of "
-            f"{file}; use at most {longest}"
-        )
+    for name in ("max_position_embeddings", "n_positions"):
+        longest = content.get(name)
+        if isinstance(longest, int) and config.data.sequence_length > longest:
+            raise ConfigError(
+                f"data.sequence_length={config.data.sequence_length} is more than {name}={longest} of {file}; use at "
+                f"most {longest}"
+            )
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
         value = content.get(name)
         if isinstance(value, int) and value < 1:

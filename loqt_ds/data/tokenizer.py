@@ -76,7 +76,8 @@ class Tokenizer(ABC):
         """`encode` for many texts, in `workers` native threads (which need no copy of the process and no pickling)."""
 
     @abstractmethod
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; those that stand for no token are passed over."""
 
     @property
     @abstractmethod
@@ -147,7 +148,8 @@ class SentencePieceTokenizer(Tokenizer):
         return list(self._processor.encode(list(texts), num_threads=workers))
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self._processor.decode([int(index) for index in ids]))
+        # A model may have more rows than there are tokens: those stand for nothing, as in transformers.
+        return str(self._processor.decode([int(index) for index in ids if index < self.vocab_size]))
 
     @property
     def hf(self) -> Any:

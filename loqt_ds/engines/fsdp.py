@@ -127,8 +127,8 @@ class Sharding:
         is_root = block is model
         # The rest of a model is needed again at once, by the loss.
         fully_shard(block, mesh=self.mesh, mp_policy=policy, reshard_after_forward=again and not is_root)
-        # Summed, then divided: in torch 2.8 gloo sums where it is asked for the average, and NCCL's of one rank is not to
-        # be trusted.
+        # Summed, then divided: in torch 2.8 gloo sums where it is asked for the average, and NCCL's of one rank is not
+        # to be trusted.
         block.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
 
 

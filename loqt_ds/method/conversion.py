@@ -169,7 +169,8 @@ def build_empty(model_config: Any, *, attention: str = "sdpa", task: str = "caus
     """A transformers model for a task (of `TASKS`) whose parameters are on the meta device; its buffers (rotary tables)
     are real. A model without sdpa, such as DeBERTa, computes the same attention as eager.
 
-    Raises ValueError, naming model.task, if transformers has no such model.
+    Raises ValueError, naming model.task, if transformers has no such model, cannot make it, or makes one that sees the
+    tokens it is to predict.
     """
     auto: Any = auto_class(task)
     if type(model_config) not in auto._model_mapping:
@@ -180,8 +181,22 @@ def build_empty(model_config: Any, *, attention: str = "sdpa", task: str = "caus
         )
     if attention == "sdpa" and not getattr(auto._model_mapping[type(model_config)], "_supports_sdpa", True):
         attention = "eager"
-    with init_empty_weights(include_buffers=False):
-        model: nn.Module = auto.from_config(model_config, dtype=torch.float32, attn_implementation=attention)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: nn.Module = auto.from_config(model_config, dtype=torch.float32, attn_implementation=attention)
+    except Exception as error:  # whatever the model's own code stumbles over, it is in its configuration
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"model.task={task}: transformers cannot make a {model_config.model_type} of its config.json ({reason}); "
+            "correct it"
+        ) from error
+    # An encoder that can be a decoder says which in its configuration; GPT-NeoX has the word there and never reads it.
+    reads_it = any(getattr(module, "is_decoder", None) is False for module in model.modules())
+    if task == "causal_lm" and getattr(model.config, "is_decoder", None) is False and reads_it:
+        raise ValueError(
+            f"model.task=causal_lm: a {model_config.model_type} with is_decoder=false sees the tokens that it is to "
+            "predict; use model.task=masked_lm, or set is_decoder to true in its config.json"
+        )
     tie_weights(model)
     return model.train()
 

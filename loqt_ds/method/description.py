@@ -11,11 +11,12 @@ from loqt_ds.config import Config, ConfigError, describe_model
 
 def transformers_config(description: dict[str, Any], where: str) -> Any:
     """The transformers configuration of a JSON description. Raises ConfigError, naming `where`, if there is none."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         return AutoConfig.for_model(**description)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise ConfigError(f"{where}: transformers cannot make a model of it ({error})") from error
 
 

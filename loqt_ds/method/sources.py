@@ -172,6 +172,22 @@ class _CheckpointFiles:
             there = self._stored[name].shape(self._shape)
             if there != tuple(shape):
                 raise ValueError(f"{what}: {name} is {there}, the model's is {tuple(shape)}")
+        if tied is not None:
+            self._check_tied(model, tied, what)
+
+    def _check_tied(self, model: nn.Module, tied: nn.Module, what: str) -> None:
+        """Refuses files with a head of its own for a model whose head is its embedding."""
+        names = {id(module): name for name, module in model.named_modules()}
+        head, embedding = (f"{names.get(id(m), '')}.weight" for m in (tied, model.get_input_embeddings()))  # type: ignore[operator]
+        key = self._renamed.get(head, head)
+        if key not in self._files or embedding not in self._stored:
+            return
+        own, shared = self._tensor(key, None), self._read(embedding)
+        if own.shape != shared.shape or not torch.equal(own.float(), shared.float()):
+            raise ValueError(
+                f"{what} holds {key}, which is not {embedding}, and its config.json says tie_word_embeddings=true, so "
+                f"that {key} would not be read; set that to false there if {key} was trained"
+            )
 
     def _find(self, groups: Iterable[list[str]], shapes: dict[str, torch.Size], prefix: str) -> dict[str, Stored]:
         """Name of each parameter -> where it is in the files. One that several modules share is there under one of its

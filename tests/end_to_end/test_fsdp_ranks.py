@@ -14,7 +14,7 @@ import pytest
 import torch
 from killable import free_port, run_ranks
 from safetensors import safe_open
-from workshop import PRETRAIN, REPOSITORY, ZERO2, Workshop, command, events, losses
+from workshop import PRETRAIN, REPOSITORY, ZERO2, Workshop, command, events, losses, own_lines
 
 # Re-initializations before updates 0, 4 and 9: from step 5 on, update 4 has been made and 9 has not.
 STEPS: dict[str, Any] = {
@@ -84,7 +84,7 @@ def launched(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> tu
 def test_torchrun_trains_and_exports_the_masters(launched: tuple[Path, str], tmp_path: Path) -> None:
     """What `tools/export.py`, one process that knows no ranks, makes of the last checkpoint: the same file."""
     run, printed = launched
-    own = [line for line in printed.splitlines() if line.strip() and "W1" not in line and "*****" not in line]
+    own = own_lines(printed)
     assert len(own) == len(set(own)), "a line is printed once"
     for word in ("warning", "Warning", "Traceback", "deprecated", "Failed"):
         assert not [line for line in own if word in line], "noise in the terminal"

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from killable import free_port, run_ranks
-from workshop import PRETRAIN, REPOSITORY, ZERO2, Workshop, command, events, losses, records, write_corpus
+from workshop import PRETRAIN, REPOSITORY, ZERO2, Workshop, command, events, losses, own_lines, records, write_corpus
 
 # Re-initializations before updates 0, 4 and 9: from step 5 on, update 4 has been made and 9 has not.
 STEPS: dict[str, Any] = {
@@ -89,8 +89,7 @@ def test_two_ranks_train_like_one(launched: tuple[Path, str], alone: Path) -> No
 
 def test_rank_0_alone_speaks_and_writes(launched: tuple[Path, str]) -> None:
     run, printed = launched
-    launcher = ("] [INFO] [", "] [WARNING] [real_accelerator.py", "] [WARNING] [runner.py")
-    own = [line for line in printed.splitlines() if line.strip() and not any(part in line for part in launcher)]
+    own = own_lines(printed)
     assert len(own) == len(set(own)), "a line is printed once"
     for word in ("warning", "Warning", "Traceback", "untested", "deprecated", "Failed", "rank 1"):
         assert not [line for line in own if word in line], "noise in the terminal"
@@ -199,7 +198,7 @@ def test_a_finished_run_has_nothing_left_to_do(workshop: Workshop, tmp_path: Pat
     options = {"output_dir": run, "train__max_steps": 3, "export__format": "nf4"}
     ranks(workshop, tmp_path / "first", **options)
     printed = ranks(workshop, tmp_path / "second", checkpoint__resume="auto", **options)
-    assert "nothing was trained since" in printed[0] and not printed[1].strip()
+    assert "nothing was trained since" in printed[0] and not own_lines(printed[1])
     assert sorted(losses(run)) == [1, 2, 3] and len(events(run, "export")) == 1
 
 

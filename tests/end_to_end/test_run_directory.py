@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import select
@@ -299,6 +300,19 @@ def test_a_terminal_that_tells_no_width_has_a_bar_too(monkeypatch: pytest.Monkey
         monkeypatch.undo()
     shown = read_terminal(ours)
     assert "2/2" in shown and "loss 1.2500" in shown
+
+
+def test_samples_are_no_longer_than_learned_positions(workshop: Workshop, tmp_path: Path) -> None:
+    """32 tokens and 64 more would leave the 48 positions of this GPT-2; a row that is longer is refused before."""
+    shape = tmp_path / "gpt2.json"
+    content = {"model_type": "gpt2", "vocab_size": 512, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 48}
+    shape.write_text(json.dumps(content))
+    options: dict[str, Any] = {"model__shape": shape, "train__max_steps": 1, "loqt__rank": 8}
+    options |= {"eval__num_samples": 1, "eval__sample_tokens": 64, "train__micro_batch_size": 1}
+    refused = workshop.train(output_dir=tmp_path / "long", data__sequence_length=49, **options)
+    assert refused.status == 2 and "data.sequence_length=49 is more than n_positions=48" in refused.errors
+    done = workshop.train(output_dir=tmp_path / "run", data__sequence_length=48, **options).ok()
+    assert "--- sample 1" in done.output
 
 
 def read_terminal(descriptor: int, process: subprocess.Popen[bytes] | None = None, *, seconds: float = 300) -> str:

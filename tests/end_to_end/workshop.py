@@ -11,6 +11,7 @@ import io
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -169,6 +170,16 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 def events(run: Path, kind: str) -> list[dict[str, Any]]:
     return [record for record in records(run) if record.get("event") == kind]
+
+
+_OF_OTHERS = re.compile(
+    r"\[Gloo\]|\*{5}|[WIE]\d{4} \d\d:|.*\] \[(INFO\] \[|WARNING\] \[(real_accelerator|runner)\.py)"
+)  # torch 2.8's gloo, torchrun, DeepSpeed
+
+
+def own_lines(printed: str) -> list[str]:
+    """What this project printed, without what launchers and backends say of themselves."""
+    return [line for line in printed.splitlines() if line.strip() and not _OF_OTHERS.match(line)]
 
 
 def losses(run: Path) -> dict[int, float]:

@@ -197,7 +197,7 @@ def test_under_activation_checkpointing():
     assert set(actual) == set(expected)
     assert all(relative(actual[name], expected[name]) < 1e-5 for name in expected)
     rest = 7 * 8 + torch.get_rng_state().numel() + 2 * 4 * 8 * ids.shape[1]  # of handles; for dropout; rotary tables
-    assert kept[1] <= kept[0] + 2 * rest
+    assert kept[1] <= kept[0] + 4 * rest  # torch 2.8 keeps more of these
     assert kept[0] > 2 * 4 * 32 * ids.numel()  # inputs of the blocks: the constants are not all there is
 
 

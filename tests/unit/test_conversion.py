@@ -29,6 +29,7 @@ from transformers import (
 from loqt_ds.config import LoQTConfig
 from loqt_ds.core.quantization import quantize
 from loqt_ds.method.conversion import (
+    build_empty,
     build_meta,
     build_model,
     checkpoint_files,
@@ -428,6 +429,57 @@ def test_a_tied_checkpoint_may_hold_the_head_as_well(saved, tmp_path):
     (directory / "config.json").write_bytes((saved["qwen2"] / "config.json").read_bytes())
     model, _ = load(directory, NF4, ARCHITECTURES["qwen2"]())
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_a_head_of_its_own_in_a_tied_checkpoint_is_refused(saved, tmp_path):
+    """transformers keeps the two apart; a model with one of them is another."""
+
+    def add_head(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["lm_head.weight"][-1, -1] += 1
+
+    directory = copy_with(saved["qwen2"], tmp_path / "a", add_head)
+    message = refused(directory, ARCHITECTURES["qwen2"]())
+    assert "lm_head.weight" in message and "tie_word_embeddings" in message
+
+
+# ---------------------------------------------------------------- what transformers makes
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "electra"])
+def test_an_encoder_is_no_causal_language_model_unless_it_says_so(name):
+    from transformers import AutoConfig
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = AutoConfig.for_model(name, vocab_size=53, **small)
+    with pytest.raises(ValueError, match=r"model\.task=causal_lm: a .* sees the tokens .*masked_lm"):
+        build_empty(config)
+    assert isinstance(build_empty(config, task="masked_lm"), nn.Module)
+    config.is_decoder = True
+    assert isinstance(build_empty(config), nn.Module)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "bart"])
+def test_decoders_that_say_false_of_themselves_are_causal(name):
+    """The word means nothing to GPT-NeoX, and BART's decoder sets it for itself. Seen on weights, not on words."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    if name == "bart":
+        small = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 24}
+    config = AutoConfig.for_model(name, vocab_size=53, **small)
+    assert config.is_decoder is False
+    build_empty(config)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    other = torch.tensor([[5, 6, 7, 9]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits[:, :3], model(other).logits[:, :3])
+
+
+def test_what_transformers_cannot_make_is_told_as_a_mistake_in_the_file():
+    with pytest.raises(ValueError, match=r"cannot make a llama .*nonsense"):
+        build_empty(llama_config(hidden_act="nonsense"))
 
 
 # ---------------------------------------------------------------- memory

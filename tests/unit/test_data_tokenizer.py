@@ -43,6 +43,7 @@ def trained() -> SentencePieceTokenizer:
 def test_any_text_comes_back(trained: SentencePieceTokenizer, text: str) -> None:
     ids = trained.encode(text)
     assert trained.decode(ids) == text
+    assert trained.decode([*ids, trained.vocab_size, trained.vocab_size + 63]) == text  # rows that a model has beside
     assert not {trained.eot_id, trained.pad_id, 0, 1} & set(ids)
 
 
