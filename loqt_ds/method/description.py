@@ -17,7 +17,9 @@ def transformers_config(description: dict[str, Any], where: str) -> Any:
     try:
         return AutoConfig.for_model(**description)
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise ConfigError(f"{where}: transformers cannot make a model of it ({error})") from error
+        raise ConfigError(
+            f"{where}: transformers cannot make a model of it ({' '.join(str(error).split())})"
+        ) from error
 
 
 def model_description(config: Config, *, vocab_size: int | None = None) -> Any:

@@ -152,7 +152,11 @@ def target_linears(model: nn.Module, target_modules: str | list[str]) -> dict[st
                 raise ValueError(f"loqt.target_modules: {suffix!r} matches no linear layer; there are: {known}")
             chosen |= found
     if not chosen:
-        raise ValueError(f"loqt.target_modules={target_modules!r} matches no linear layer; there are: {known}")
+        own = sorted(
+            {type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear) and type(m) is not nn.Linear}
+        )
+        beside = f" (linears with a forward of their own, such as {own[0]}, are not adapted)" if own else ""
+        raise ValueError(f"loqt.target_modules={target_modules!r} matches no linear layer; there are: {known}{beside}")
     refused = sorted(set(chosen) - set(allowed))
     if refused:
         raise ValueError(
