@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer's directory, where the model has none beside it")
     parser.add_argument("--prompt", nargs="+", help="texts to continue, each by itself")
     either = parser.add_mutually_exclusive_group()
-    either.add_argument("--template", help="what comes around a prompt, such as 'Q: {prompt} A:'")
+    either.add_argument("--template", help=r"what comes around a prompt, such as 'Q: {prompt}\nA:' (\n: a line break)")
     either.add_argument("--chat", action="store_true", help="a prompt is a user's message, by the chat template")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens at most (default: %(default)s)")
     parser.add_argument(

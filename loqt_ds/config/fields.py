@@ -150,8 +150,9 @@ class DataConfig:
     """Field that holds a conversation, a list of {role, content}, instead of prompt and response: it is written out by
     the tokenizer's chat template, or data.chat_template, and every assistant's message is a response."""
     prompt_template: str | None = None
-    """What a prompt is written into, with {prompt} for it, such as "Question: {prompt}\\nAnswer: "; null: the prompt as
-    it is, or, with data.chat_template, as a user's message."""
+    """What a prompt is written into, with {prompt} for it, such as "Question: {prompt}\\nAnswer: ", where \\n is a line
+    break, \\t a tab and \\\\ a backslash, in a shell as in a file; null: the prompt as it is, or, with
+    data.chat_template, as a user's message."""
     chat_template: str | None = None
     """File of a Jinja chat template, instead of the tokenizer's own; prompt and response are then a user's and an
     assistant's message."""

@@ -7,6 +7,7 @@ around the messages, and the end-of-text that it writes after an assistant's mes
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -48,7 +49,7 @@ class Reader:
         self._data, self._tokenizer = data, tokenizer
         self.is_chat = data.messages_field is not None or data.chat_template is not None
         """Whether a chat template writes the text, with all special tokens that a text begins with."""
-        self._template = data.prompt_template or "{prompt}"
+        self._template = _unescaped(data.prompt_template or "{prompt}")
         self._chat_template: str | None = None
         if data.chat_template is not None:
             self._chat_template = _read_template(data.chat_template)
@@ -169,6 +170,12 @@ class Reader:
                 f"data.chat_template"
             ) from error
         return str(text)
+
+
+def _unescaped(text: str) -> str:
+    r"""\n and \t as the characters that they stand for, and \\ as one backslash: a shell hands them on as they are
+    typed."""
+    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}[found[1]], text)
 
 
 def _read_template(name: str) -> str:

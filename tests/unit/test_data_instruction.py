@@ -16,7 +16,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from loqt_ds.config import Config, ConfigError, from_dict, validate
+from loqt_ds.config import Config, ConfigError, apply_overrides, from_dict, validate
 from loqt_ds.data import DataBundle, DataError, build_data
 from loqt_ds.data.conversation import Reader
 from loqt_ds.data.instruction import read_examples
@@ -137,6 +137,15 @@ def test_the_response_and_its_end_are_predicted(tmp_path: Path, bos: bool) -> No
     prompts = [backend(template.format(prompt=row["question"]))["input_ids"] for row in rows(5, seed=1)]
     assert [question.prompt for question in bundle.questions] == prompts
     assert said[0].startswith("12 examples for training")
+
+
+def test_a_template_that_a_shell_hands_on_has_line_breaks(tmp_path: Path) -> None:
+    """README's option as a shell gives it, a backslash and n in it; other backslashes stay, as of LaTeX."""
+    made = config(write(tmp_path / "train.jsonl", rows(12)))
+    apply_overrides(made, [r"data.prompt_template=Question: {prompt}\nAnswer: "])
+    assert Reader(made.data, tokenizer()).opening("1 + 1") == "Question: 1 + 1\nAnswer: "
+    made.data.prompt_template = r"\boxed{} \\neq\t{prompt}"
+    assert Reader(made.data, tokenizer()).opening(r"a\n") == "\\boxed{} \\neq\ta\\n"
 
 
 def test_conversations_as_transformers_masks_them(tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ import torch
 from test_export import checkpoint_of, export, llama, trained
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
+from loqt_ds.config import DataConfig
 from loqt_ds.data.tokenizer import SentencePieceTokenizer, load_tokenizer, train_sentencepiece
 from loqt_ds.data.tokenizer import _with_real_spaces as with_real_spaces
-from loqt_ds.generate import Sampling, _Printer, _writer, load, main, write
+from loqt_ds.generate import Sampling, _opening, _Printer, _writer, load, main, write
 
 WORDS = ("one", "two", "three", "four", "five")
 TEXT = [f"the quick brown fox {word} jumps over\n  the lazy dog {word}s" for word in WORDS]
@@ -93,6 +94,8 @@ def test_sampling_goes_by_the_seed_and_templates_come_around(made: Made, capsys:
     _, around, _ = run(capsys, *plain, "--template", "the {prompt} dog", "--prompt", "lazy")
     _, whole, _ = run(capsys, *plain, "--prompt", "the lazy dog")
     assert around.removeprefix("lazy") == whole.removeprefix("the lazy dog")
+    opening = _opening(DataConfig(prompt_template=r"Q: {prompt}\nA:"), load_tokenizer(str(made.words)))
+    assert opening("lazy") == made.tokenizer.encode("Q: lazy\nA:")
 
 
 def test_prompts_from_a_pipe_and_from_a_terminal(
