@@ -167,9 +167,9 @@ class DataConfig:
     """The classes as the label column calls them, in the order of their numbers; null: it holds their numbers, from
     0."""
     header: bool = True
-    """Whether the first row of a .tsv or .csv names its columns; without, they are called 0, 1, 2, ..."""
+    """Whether the first row of a .tsv or .csv of examples names its columns; without, they are called 0, 1, 2, ..."""
     quoting: Literal["auto", "none", "csv"] = "auto"
-    """Quotation marks of a .tsv or .csv: none, they are text; csv, they enclose fields; auto: csv in a .csv, none in a
+    """Quotation marks of a .tsv or .csv of examples: none, they are text; csv, they enclose fields; auto: csv in a .csv, none in a
     .tsv."""
 
 

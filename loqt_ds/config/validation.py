@@ -475,8 +475,10 @@ def _inactive_example_rules(config: Config) -> Iterator[tuple[bool, str, str, tu
     data = config.data
     for name in ("prompt_field", "response_field", "messages_field", "prompt_template", "chat_template"):
         yield data.format != "instruction", f"data.{name}", f"with data.format={data.format}", ()
-    for name in ("glue_task", "text_fields", "label_field", "labels", "header", "quoting"):
+    for name in ("glue_task", "text_fields", "label_field", "labels"):
         yield data.format != "classification", f"data.{name}", f"with data.format={data.format}", ()
+    for name in ("header", "quoting"):
+        yield data.format == "text", f"data.{name}", "with data.format=text", ()
     for name in (
         "text_fields",
         "label_field",

@@ -115,7 +115,7 @@ class Table:
         data, name = self.config.data, self.option.partition("=")[0]
         if self.split is None:
             for path in resolve_paths(self.files, name, say, TABLES):
-                yield from read_rows(path, name)
+                yield from read_rows(path, name, header=data.header, quoting=data.quoting)
             return
         dataset = open_dataset(data.name, data.config_name, self.split, False, self.option, name)
         for number, row in enumerate(dataset, start=1):

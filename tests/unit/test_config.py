@@ -356,6 +356,7 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["optim.schedule=constant", "optim.min_lr_ratio=0.5"], ["optim.min_lr_ratio=0.5", "no effect"]),
     (["optim.warmup_steps=5", "optim.warmup_ratio=0.2"], ["optim.warmup_ratio=0.2", "no effect"]),
     (["data.text_field=body"], ["data.text_field=body", "no effect"]),
+    (["data.quoting=none"], ["data.quoting=none", "no effect", "data.format=text"]),
     (["data.tokenizer=t5-base", "data.tokenizer_vocab_size=512"], ["data.tokenizer_vocab_size=512", "no effect"]),
     (["data.validation_path=a", "data.validation_fraction=0.1"], ["data.validation_fraction=0.1", "no effect"]),
     (["eval.num_samples=0", "eval.sample_tokens=8"], ["eval.sample_tokens=8", "no effect"]),

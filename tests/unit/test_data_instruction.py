@@ -148,6 +148,22 @@ def test_a_template_that_a_shell_hands_on_has_line_breaks(tmp_path: Path) -> Non
     assert Reader(made.data, tokenizer()).opening(r"a\n") == "\\boxed{} \\neq\ta\\n"
 
 
+def test_what_messages_say_of_a_csv_helps(tmp_path: Path) -> None:
+    """Quotation marks that are text, and a first row that names no columns."""
+    file = tmp_path / "rows.csv"
+    file.write_text("question,answer\n" + "".join(f'{n},"hi" you\n' for n in range(12)), encoding="utf-8")
+    with pytest.raises(DataError, match="set data.quoting=none"):
+        build(config(file))
+    questions = build(config(file, data__quoting="none"))[0].questions
+    assert questions and all(question.response == '"hi" you' for question in questions)
+    file.write_text("a,a\n" + "".join(f"{n},{n}\n" for n in range(11)), encoding="utf-8")
+    with pytest.raises(DataError, match="set data.header=false"):
+        build(config(file))
+    columns = {"data__prompt_field": "0", "data__response_field": "1"}
+    summary = build(config(file, data__header=False, **columns))[0].summary
+    assert summary["num_rows"] + summary["num_validation_rows"] == 12
+
+
 def test_conversations_as_transformers_masks_them(tmp_path: Path) -> None:
     """Against the assistant's mask that transformers itself makes of {% generation %}."""
     draw, conversations = random.Random(3), []
