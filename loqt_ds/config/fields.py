@@ -164,8 +164,9 @@ class DataConfig:
     label_field: str = "label"
     """Column of the class, or of the number with model.task=regression, with data.format=classification."""
     labels: list[str] | None = None
-    """The classes as the label column calls them, in the order of their numbers; null: it holds their numbers, from
-    0."""
+    """The classes as the label column calls them, in the order of their numbers, in quotation marks where YAML would
+    read something else: ["no", "yes"], ["false", "true"] (also for a column of booleans); null: it holds their numbers,
+    from 0."""
     header: bool = True
     """Whether the first row of a .tsv or .csv of examples names its columns; without, they are called 0, 1, 2, ..."""
     quoting: Literal["auto", "none", "csv"] = "auto"

@@ -111,6 +111,16 @@ def _convert_one(value: Any, hint: Any) -> Any:
     raise _Mismatch
 
 
+def _quoted(value: Any, choices: list[Any]) -> str:
+    """What else to say where text is valid and YAML has read a boolean or a number; else nothing."""
+    is_list = isinstance(value, list) and list[str] in choices
+    items = value if is_list else [value]
+    if not (is_list or str in choices) or not all(isinstance(item, str | int | float) for item in items):
+        return ""
+    example = '["no", "yes"]' if is_list else '"0"'
+    return f"; in quotation marks what YAML reads as a number or as true|false (no, yes, on, off), as in {example}"
+
+
 def convert(value: Any, hint: Any, where: str) -> Any:
     """`value` as a value of type `hint`; int is taken as float, bool never as a number; ConfigError naming `where`."""
     # null is tried first and plain text last, so that the word none, where null is valid, means null and not a file
@@ -126,6 +136,8 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         choices = [str(item) for choice in order if get_origin(choice) is Literal for item in get_args(choice)]
         close = difflib.get_close_matches(value, choices, n=1)
         remedy += f" (did you mean {close[0]}?)" if close else ""
+    else:
+        remedy += _quoted(value, order)
     raise ConfigError(f"{where}={value!r} is not valid{remedy}")
 
 

@@ -145,16 +145,25 @@ class Columns:
             value, is_number = int(value), True
         if is_number and 0 <= value < self.num_labels:
             return int(value)
-        names = f"data.labels={list(self.labels)}" if self.labels else f"0 to {self.num_labels - 1} (model.num_labels)"
+        if self.labels:
+            names, remedy = f"data.labels={list(self.labels)}", "give its class as well"
+        else:
+            names = f"0 to {self.num_labels - 1} (model.num_labels)"
+            remedy = "give data.labels, what the classes are called there"
+            if isinstance(value, bool):
+                remedy = 'set data.labels=["false", "true"], with the quotation marks'
         raise DataError(
             f"data.label_field={self.label}: {where} has the label {value!r}, which is no class; classes are {names}: "
-            f"correct the row, or give its class as well"
+            f"correct the row, or {remedy}"
         )
 
     def _class_name(self, value: Any) -> Any:
-        """What a number stands for where classes have names; other labels as they are. A number among names that are
-        none is a place among them, and left as it is."""
-        if isinstance(value, bool) or not isinstance(value, int):
+        """What a number stands for where classes have names, and which class is called false or true, in letters of
+        any case; other labels as they are. A number among names that are none is a place among them, and left as it
+        is."""
+        if isinstance(value, bool):
+            return next((label for label in self.labels if label.lower() == str(value).lower()), value)
+        if not isinstance(value, int):
             return value
         has_numbers = any(label.removeprefix("-").isdecimal() for label in self.labels)
         if 0 <= value < len(self.stored_names):

@@ -56,7 +56,7 @@ def _separated(path: Path, option: str, *, header: bool, quoting: str, is_lenien
             if len(set(names)) < len(names):
                 raise DataError(
                     f"{option}={path}: its first line names a column twice ({', '.join(map(repr, names))}); correct "
-                    f"it, or set data.header=false if it is a row"
+                    f"it, or set data.header=false if it is a row (columns are then called 0, 1, ...)"
                 )
             if header:
                 continue

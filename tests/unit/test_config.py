@@ -100,6 +100,8 @@ def test_override_values(text: str, value: Any) -> None:
         ("data.streaming=1", ["data.streaming=1", "true|false"]),
         ("data.path={a: 1}", ["data.path", "text"]),
         ("model.vocab_size=big", ["model.vocab_size='big'", "auto"]),
+        ("data.labels=[no, yes]", ["data.labels=[False, True]", "in quotation marks", '["no", "yes"]']),
+        ("data.labels=[0, 1]", ["data.labels=[0, 1]", "list of texts", "in quotation marks"]),
     ],
 )
 def test_bad_overrides(text: str, words: list[str]) -> None:
@@ -121,6 +123,7 @@ def test_bad_overrides(text: str, words: list[str]) -> None:
         ("- a\n- b", ["list"]),
         ("loqt: {rank: 8", ["not valid YAML"]),
         ("? [1, 2]\n: 3", ["plain name"]),
+        ("data: {prompt_field: 0}", ["data.prompt_field=0", "give text; in quotation marks", '"0"']),
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, words: list[str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas
 import pytest
 import torch
 from tokenizers import Tokenizer as FastTokenizer
@@ -411,6 +412,19 @@ def test_numbers_in_files_are_the_classes_that_are_called_so(folder: Path) -> No
         assert bundle.train.next_batch()["targets"].tolist() == [2, 1, 0, 2], name
     with pytest.raises(DataError, match=r"has the label '0', which is no class"):
         built(folder, *paths, 'data.labels=["1", "2", "-1"]', classes=3)
+
+
+@pytest.mark.parametrize("names", ['["false", "true"]', '["False", "True"]'])
+def test_booleans_are_the_classes_that_are_called_so(folder: Path, names: str) -> None:
+    rows = [{"text": sentence(n), "label": n % 3 == 0} for n in range(8)]
+    pandas.DataFrame(rows).to_parquet(folder / "rows.parquet")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "dev.jsonl").write_text(json.dumps({"text": "two dogs", "label": True}) + "\n")
+    for name in ("rows.parquet", "rows.jsonl"):
+        paths = f"data.path={folder / name}", f"data.validation_path={folder / 'dev.jsonl'}"
+        assert built(folder, *paths, f"data.labels={names}").train.next_batch()["targets"].tolist() == [1, 0, 0, 1]
+    with pytest.raises(DataError, match=r'label True, which is no class; .*set data.labels=\["false", "true"\]'):
+        built(folder, *paths)
 
 
 @pytest.mark.parametrize("task", [None, "mnli"])
