@@ -170,8 +170,8 @@ class DataConfig:
     header: bool = True
     """Whether the first row of a .tsv or .csv of examples names its columns; without, they are called 0, 1, 2, ..."""
     quoting: Literal["auto", "none", "csv"] = "auto"
-    """Quotation marks of a .tsv or .csv of examples: none, they are text; csv, they enclose fields; auto: csv in a .csv, none in a
-    .tsv."""
+    """Quotation marks of a .tsv or .csv of examples: none, they are text; csv, they enclose fields; auto: csv in a
+    .csv, none in a .tsv."""
 
 
 @dataclass
