@@ -22,21 +22,30 @@ from loqt_ds.generation import answer_greedily
 from loqt_ds.ranks import Ranks
 
 MARK = "####"
-# Signs (also U+2212 and U+2013), a currency, digits with commas anywhere, decimals, a power of ten.
-_NUMBER = re.compile(
-    r"([-+\u2212\u2013]*)\s*[$€£]?\s*([-+\u2212\u2013]*)((?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?![\d.]))?)"
-)
+# Hyphens, minus and plus, also full-width and small ones, the en dash; the em dash only where no word is before it and
+# no space behind it: there it is punctuation.
+_SIGN = r"[-+\u2010-\u2013\u2212\ufe62\ufe63\uff0b\uff0d]"
+_SIGNS = rf"((?:{_SIGN}|(?<!\w)(?<!\w\s)\u2014(?=\S))*+)"
+# A currency, after a sign also in letters: -USD 5, -US$5; what follows a word's hyphen is a word.
+_CODE = rf"(?:(?<={_SIGN})(?<!\w{_SIGN})(?:[A-Z]{{3}}\b|[A-Z]{{1,2}}(?=\$))\s*)?"
+_CURRENCY = rf"{_CODE}(?:\\?[$\xa2-\xa5\u20a0-\u20cf\uff04\uffe5]\s*)?"
+# Digits with commas anywhere, or in groups of three with spaces or apostrophes between them.
+_DIGITS = r"(?:[1-9]\d{0,2}(?:[ \xa0\u2009\u202f'\u2019]\d{3})+(?!,?\d)|\d[\d,]*)"
+_POWER = r"(?:[eE][-+]?\d{1,3}(?![\d.]))?"
+_NUMBER = re.compile(rf"{_SIGNS}\s*{_CURRENCY}{_SIGNS}((?:{_DIGITS}(?:\.\d+)?|\.\d+){_POWER})")
+_PLUS = "+\ufe62\uff0b"
 
 
 def final_number(text: str) -> Decimal | None:
-    """The first number after the last `####`, whole: commas are dropped wherever they are; None where there is none."""
+    """The first number after the last `####`, whole: commas are dropped wherever they are, spaces and apostrophes
+    between groups of three digits; None where there is none."""
     _, mark, after = text.rpartition(MARK)
     found = _NUMBER.search(after) if mark else None
     if found is None:
         return None
     *signs, digits = found.groups()
-    number = Decimal(digits.replace(",", ""))
-    num_minus = sum(sign != "+" for sign in "".join(signs))
+    number = Decimal(re.sub(r"[,'\u2019\s]", "", digits))
+    num_minus = sum(sign not in _PLUS for sign in "".join(signs))
     return number.copy_negate() if num_minus % 2 else number  # and not -number, which rounds
 
 
