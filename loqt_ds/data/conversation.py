@@ -127,6 +127,11 @@ class Reader:
                     )
                 self._check_special(text, messages, where)
                 new, end = text[len(written) :], self._end_of_text
+                if is_response and not new.replace(end, "").strip():
+                    raise DataError(
+                        f"{where}: the chat template writes nothing of message {upto}, the assistant's, so that there "
+                        "is nothing to learn; correct the row, or give data.chat_template one that writes it"
+                    )
                 # A message that spells it has not ended there.
                 has_end = is_response and new.count(end) > message["content"].count(end)
                 stretches.append(Stretch(new, is_response, has_end))
@@ -164,9 +169,10 @@ class Reader:
             text = self._tokenizer.hf.apply_chat_template(
                 messages, chat_template=self._chat_template, tokenize=False, add_generation_prompt=opens_answer
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program: its expressions raise whatever Python's do
+            told = str(error) if isinstance(error, TemplateError) else repr(error)
             raise DataError(
-                f"{where}: the chat template cannot write this conversation ({error}); correct the row or "
+                f"{where}: the chat template cannot write this conversation ({told}); correct the row or "
                 f"data.chat_template"
             ) from error
         return str(text)

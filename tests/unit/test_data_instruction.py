@@ -383,6 +383,14 @@ def test_chat_templates_that_cannot_be_used(tmp_path: Path) -> None:
     file.write_text("{{ raise_exception('no') }}")
     with pytest.raises(DataError, match=r"cannot write this conversation \(no\)"):
         build(made)
+    for expression, error in (("m.role + 1", "TypeError"), ("1 / 0", "ZeroDivisionError")):
+        file.write_text("{% for m in messages %}{{ " + expression + " }}{% endfor %}")
+        with pytest.raises(DataError, match=rf"line 1: the chat template cannot write this conversation \({error}"):
+            build(made)
+    for end in ("", "{{ eos_token }}"):
+        file.write_text("{% for m in messages %}{% if m.role == 'user' %}?{% else %}" + end + "{% endif %}{% endfor %}")
+        with pytest.raises(DataError, match="writes nothing of message 2, the assistant's"):
+            build(made)
 
 
 @pytest.mark.parametrize(
