@@ -148,7 +148,8 @@ class DataConfig:
     """Field that holds the response, with data.format=instruction."""
     messages_field: str | None = None
     """Field that holds a conversation, a list of {role, content}, instead of prompt and response: it is written out by
-    the tokenizer's chat template, or data.chat_template, and every assistant's message is a response."""
+    the tokenizer's chat template, or data.chat_template, and every assistant's message is a response. What follows the
+    last one is left out, and a conversation that an assistant begins."""
     prompt_template: str | None = None
     """What a prompt is written into, with {prompt} for it, such as "Question: {prompt}\\nAnswer: ", where \\n is a line
     break, \\t a tab and \\\\ a backslash, in a shell as in a file; null: the prompt as it is, or, with

@@ -2,7 +2,9 @@
 
 A stretch ends where its text does, so that a prompt is tokenized by itself: exactly as it will be when the model has to
 go on from it. Of a conversation every assistant's message is a response; the chat template writes roles and separators
-around the messages, and the end-of-text that it writes after an assistant's message belongs to the response.
+around the messages, and the end-of-text that it writes after an assistant's message belongs to the response. What
+follows the last response is left out. A conversation that an assistant begins is left out whole: what its first message
+answers is not known, and many templates refuse it.
 """
 
 from __future__ import annotations
@@ -31,12 +33,15 @@ class Stretch(NamedTuple):
 
 
 class Example(NamedTuple):
-    """stretches: prompt and response by turns, a response last; empty where prompt or response is. response: the last
-    one as it stands in the data. where: for messages."""
+    """stretches: prompt and response by turns, a response last; empty where prompt or response is, and where
+    is_answer_first: an assistant begins. response: the last one as it stands in the data. where: for messages.
+    num_unanswered: messages that followed it."""
 
     stretches: tuple[Stretch, ...]
     response: str
     where: str
+    is_answer_first: bool = False
+    num_unanswered: int = 0
 
 
 class Reader:
@@ -107,11 +112,15 @@ class Reader:
         return messages
 
     def _conversation(self, messages: list[dict[str, str]], where: str) -> Example:
-        """Without a response after the last user's message, and where a response is empty, there is no example."""
-        answers = [message["content"] for message in messages if message["role"] == "assistant"]
-        is_complete = bool(messages) and messages[0]["role"] != "assistant" and messages[-1]["role"] == "assistant"
-        if not is_complete or not all(answer.strip() for answer in answers):
+        """Up to the last response; there is no example without one, where one is empty, or where one comes first."""
+        places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        answers = [messages[place]["content"] for place in places]
+        if not places or not all(answer.strip() for answer in answers):
             return Example((), answers[-1] if answers else "", where)
+        if places[0] == 0:
+            return Example((), answers[-1], where, is_answer_first=True)
+        num_unanswered = len(messages) - 1 - places[-1]
+        messages = messages[: places[-1] + 1]
         stretches: list[Stretch] = []
         written = ""
         for number, message in enumerate(messages):
@@ -136,7 +145,7 @@ class Reader:
                 has_end = is_response and new.count(end) > message["content"].count(end)
                 stretches.append(Stretch(new, is_response, has_end))
                 written = text
-        return Example(tuple(stretches), answers[-1], where)
+        return Example(tuple(stretches), answers[-1], where, num_unanswered=num_unanswered)
 
     @cached_property
     def _end_of_text(self) -> str:

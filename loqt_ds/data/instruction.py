@@ -4,8 +4,9 @@ An example is [beginning of text, prompt, response, end-of-text], one a row. Wha
 predicted; the end-of-text after it is. Rows are padded at the right to the longest of their batch, which has input_ids
 and targets (b, s) int64, targets already shifted and -100 where nothing is predicted, and attention_mask (b, s) int64.
 
-Nothing is cut: an example longer than data.sequence_length is left out and counted, as is one without prompt or
-response, and a training example whose prompt is also held out. Held-out prompts are kept even where the response makes
+Nothing is cut but what follows the last answer of a conversation, which is counted: an example longer than
+data.sequence_length is left out and counted, as is one without prompt or response, a conversation that an assistant
+begins, and a training example whose prompt is also held out. Held-out prompts are kept even where the response makes
 them too long, so that generated answers are scored over all of them (`Question`).
 """
 
@@ -65,6 +66,10 @@ class Counts:
 
     num_rows: int = 0
     num_empty: int = 0
+    num_answer_first: int = 0
+    """Conversations that an assistant begins."""
+    num_unanswered: int = 0
+    """Conversations whose last messages no response follows."""
     num_duplicates: int = 0
     lengths: list[int] = field(default_factory=list)
     """Of the examples that are too long, in tokens."""
@@ -151,12 +156,16 @@ def read_examples(config: Any, reader: Reader, say: Say) -> tuple[list[Example],
             example = reader.example(row, where)
             if example.stretches:
                 kept.append(example)
+                counts.num_unanswered += example.num_unanswered > 0
+            elif example.is_answer_first:
+                counts.num_answer_first += 1
             else:
                 counts.num_empty += 1
         if not kept:
+            first = f", {counts.num_answer_first} that an assistant's message begins" if counts.num_answer_first else ""
             raise DataError(
                 f"{table.option} has no example: {counts.num_rows} rows, {counts.num_empty} of them without prompt or "
-                "response; give others"
+                f"response{first}; give others"
             )
         return kept
 
@@ -280,6 +289,10 @@ def build_instruction(
         "num_duplicates": met.num_duplicates,
         "num_empty": met.num_empty,
         "num_validation_empty": met_held_out.num_empty,
+        "num_answer_first": met.num_answer_first,
+        "num_validation_answer_first": met_held_out.num_answer_first,
+        "num_unanswered": met.num_unanswered,
+        "num_validation_unanswered": met_held_out.num_unanswered,
         "num_too_long": len(met.lengths),
         "num_validation_too_long": len(met_held_out.lengths),
         "num_tokens": rows.num_tokens,
@@ -307,6 +320,16 @@ def _say(config: Any, rows: Examples, held_out: Examples, met: Counts, met_held_
     for counts, side in ((met, "training"), (met_held_out, "held-out")):
         if counts.num_empty:
             say(f"{counts.num_empty} of {counts.num_rows} {side} rows have no prompt or no response and are left out")
+        if counts.num_answer_first:
+            say(
+                f"{counts.num_answer_first} of {counts.num_rows} {side} conversations begin with an assistant's "
+                "message and are left out"
+            )
+        if counts.num_unanswered:
+            say(
+                f"{counts.num_unanswered} of {counts.num_rows} {side} conversations go on after the assistant's last "
+                "message: that end is left out"
+            )
         if counts.lengths:
             say(
                 f"{len(counts.lengths)} {side} examples are longer than data.sequence_length="

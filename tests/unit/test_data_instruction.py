@@ -198,6 +198,31 @@ def test_conversations_as_transformers_masks_them(tmp_path: Path) -> None:
     assert hf.decode(bundle.questions[0].prompt) == "<s><|user|>?\n<|assistant|>"
 
 
+def test_conversations_that_do_not_end_or_begin_as_they_should(tmp_path: Path) -> None:
+    """They are learned up to the last answer; those that an assistant begins, and those without an answer, are not."""
+
+    def turns(roles: str, number: int) -> dict[str, Any]:
+        names = {"s": "system", "u": "user", "a": "assistant"}
+        return {"chat": [{"role": names[role], "content": f"{role}{number}"} for role in roles]}
+
+    data = {"data__messages_field": "chat", "data__prompt_field": "prompt", "data__response_field": "response"}
+    shapes = ("ua", "uauu", "sua", "suaus", "auaua", "u", "a")
+    train = write(tmp_path / "train.jsonl", [turns(roles, n) for roles in shapes for n in range(2)])
+    held_out = write(tmp_path / "test.jsonl", [turns("uauau", 7), turns("au", 7)])
+    bundle, said = build(config(train, held_out, **data))
+    summary = bundle.summary
+    assert (summary["num_rows"], summary["num_unanswered"]) == (8, 4)
+    assert (summary["num_answer_first"], summary["num_empty"]) == (4, 2)
+    (question,) = bundle.questions
+    assert tokenizer().hf.decode(question.prompt) == "<s><|user|>u7\n<|assistant|>a7</s>\n<|user|>u7\n<|assistant|>"
+    assert question.response == "a7"
+    assert "4 of 14 training conversations go on after the assistant's last message: that end is left out" in said
+    assert "1 of 2 held-out conversations begin with an assistant's message and are left out" in said
+    write(train, [turns("au", n) for n in range(3)])
+    with pytest.raises(DataError, match="3 rows, 0 of them without prompt or response, 3 that an assistant's message"):
+        build(config(train, held_out, **data))
+
+
 def test_a_chat_template_writes_prompt_and_response(tmp_path: Path) -> None:
     file = tmp_path / "chat.jinja"
     file.write_text(CHAT.replace("<|user|>", "<|system|>"), encoding="utf-8")
