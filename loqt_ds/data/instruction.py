@@ -175,11 +175,25 @@ def read_examples(config: Any, reader: Reader, say: Say) -> tuple[list[Example],
         known = {_digest(example) for example in held_out}
         train = [example for example in read if _digest(example) not in known]
         met.num_duplicates = len(read) - len(train)
+        if not train:
+            raise DataError(
+                f"{train_table.option}: 0 examples for training, as all {len(read)} have a prompt that is held out "
+                f"({held_out_table.option}); give held-out data with other prompts, or leave that option out to hold "
+                "out data.validation_fraction of the training data"
+            )
         return train, held_out, met, met_held_out
     places = {_digest(example): split_hash(_digest(example)) for example in read}
     # At least one is held out, and its like.
     cut = max(int(config.data.validation_fraction * 2**64), min(places.values()) + 1)
     train = [example for example in read if places[_digest(example)] >= cut]
+    if not train:
+        fraction = f"data.validation_fraction={config.data.validation_fraction:g}"
+        what = f"{fraction} holds out all {len(places)} prompts; lower it"
+        if len(places) == 1:
+            what = f"all {len(read)} have one prompt, which is held out ({fraction}, at least one); give more prompts"
+        raise DataError(
+            f"{train_table.option}: 0 examples for training: {what}, or give other prompts in data.validation_path"
+        )
     return train, [example for example in read if places[_digest(example)] < cut], met, met_held_out
 
 
@@ -359,6 +373,8 @@ def _require(
         remedy = "give more data, or lower one of these"
         if met.lengths:
             remedy += f" ({len(met.lengths)} are longer than data.sequence_length={length})"
+        if met.num_duplicates:
+            remedy += f" ({met.num_duplicates} have a prompt that is held out)"
         raise DataError(
             f"{len(rows)} examples for training, fewer than the {needed} of one global batch (train.micro_batch_size="
             f"{train.micro_batch_size} x train.gradient_accumulation_steps={train.gradient_accumulation_steps} x "

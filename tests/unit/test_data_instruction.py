@@ -175,7 +175,9 @@ def test_conversations_as_transformers_masks_them(tmp_path: Path) -> None:
     data = {"data__messages_field": "chat", "data__prompt_field": "prompt", "data__response_field": "response"}
     made = config(write(tmp_path / "train.jsonl", conversations), data__sequence_length=200, **data)
     made.data.validation_path = made.data.path  # all of it is held out, too: then it is left out of training
-    with pytest.raises(DataError, match="0 examples for training"):
+    with pytest.raises(
+        DataError, match=r"0 examples for training, as all 9 have a prompt that is held out \(data.validation_path="
+    ):
         build(made)
     write(
         tmp_path / "test.jsonl", [{"chat": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}]
@@ -249,6 +251,20 @@ def test_all_solutions_of_a_question_are_on_one_side(tmp_path: Path, own_file: b
         and len(sides[1]) == (3 if own_file else len(kept) / 4)
     )
     assert met.num_duplicates == (12 if own_file else 0)
+
+
+def test_why_nothing_is_left_for_training(tmp_path: Path) -> None:
+    """All rows have one prompt, all prompts are held out, or all but a few."""
+    train = write(tmp_path / "train.jsonl", [{"question": "a joke", "answer": f"joke {n}"} for n in range(9)])
+    with pytest.raises(DataError, match=r"0 examples for training: all 9 have one prompt, .*data.validation_path"):
+        build(config(train))
+    content = [{"question": str(n), "answer": "so"} for n in range(9)]
+    write(train, content)
+    with pytest.raises(DataError, match=r"data.validation_fraction=0.999 holds out all 9 prompts; lower it"):
+        build(config(train, data__validation_fraction=0.999))
+    held_out = write(tmp_path / "test.jsonl", content[:7])
+    with pytest.raises(DataError, match=r"2 examples for training, .* \(7 have a prompt that is held out\)"):
+        build(config(train, held_out))
 
 
 def test_a_response_that_spells_the_end_of_text_is_whole(tmp_path: Path) -> None:
