@@ -16,6 +16,7 @@ mistake that nobody sees.
 from __future__ import annotations
 
 import bz2
+import codecs
 import glob
 import gzip
 import io
@@ -187,9 +188,11 @@ def decode(data: bytes, path: Path, option: str, *, first_byte: int, first_line:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = first_line + data.count(b"\n", 0, error.start)
+        is_utf16 = first_byte == 0 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        found, encoding = ("UTF-8 but UTF-16", "utf-16") if is_utf16 else ("UTF-8", "latin1")
         raise DataError(
-            f"{option}={path} is not UTF-8: byte 0x{data[error.start]:02x} at byte {first_byte + error.start} "
-            f"(line {line}): {error.reason}; convert it, for example: iconv -f latin1 -t utf-8"
+            f"{option}={path} is not {found}: byte 0x{data[error.start]:02x} at byte {first_byte + error.start} (line "
+            f"{line}): {error.reason}; convert it, for example: iconv -f {encoding} -t utf-8"
         ) from error
 
 
@@ -254,14 +257,22 @@ def json_object(line: str, path: Path, number: int, option: str) -> dict[str, An
     except json.JSONDecodeError as error:
         raise DataError(
             f"{option}={path} line {number} is not JSON ({error.msg} at character {error.pos}); "
-            f"JSON Lines has one object a line"
+            f"{_how_to_write(line, path, number)}"
         ) from error
     if not isinstance(record, dict):
         raise DataError(
-            f"{option}={path} line {number} holds a {type(record).__name__}, not an object; JSON Lines has one object "
-            f"a line"
+            f"{option}={path} line {number} holds a {type(record).__name__}, not an object; "
+            f"{_how_to_write(line, path, number)}"
         )
     return record
+
+
+def _how_to_write(line: str, path: Path, number: int) -> str:
+    """What JSON Lines are, and how a file becomes that which seems to be one array, or indented."""
+    remedy, start = "JSON Lines has one object a line", line.strip()
+    if number == 1 and (start.startswith("[") or start == "{"):
+        remedy += f"; to make it so: jq -c '{'.[]' if start.startswith('[') else '.'}' {path} > x.jsonl"
+    return remedy
 
 
 def _read_json_lines(path: Path, text_field: str, option: str) -> Iterator[Document]:
