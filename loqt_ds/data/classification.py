@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
+import reprlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -176,11 +177,15 @@ class Columns:
             number = math.nan if isinstance(value, bool) or value is None else float(value)
         except (TypeError, ValueError):
             number = math.nan
-        if not math.isfinite(number):
+        except OverflowError:  # an integer of JSON has any number of digits
+            number = math.inf
+        told = f"data.label_field={self.label}: {where} has {reprlib.repr(value)}"
+        if math.isnan(number):
             raise DataError(
-                f"data.label_field={self.label}: {where} has {value!r}, which is no number; correct the row, or set "
-                f"model.task=classification if these are classes"
+                f"{told}, which is no number; correct the row, or set model.task=classification if these are classes"
             )
+        if abs(number) > torch.finfo(torch.float32).max:
+            raise DataError(f"{told}, which float32 cannot hold; correct the row, or scale the numbers")
         return number
 
 

@@ -484,6 +484,10 @@ def test_numbers_that_are_none_are_refused(folder: Path) -> None:
     write_tsv(folder / "train.tsv", "text\tlabel", [("a man", 1.5), ("dogs", "nan")])
     with pytest.raises(DataError, match=r"line 3 has 'nan', which is no number"):
         built(folder, f"data.path={folder / 'train.tsv'}", "data.validation_fraction=0.5", task="regression")
+    for number in (10**400, -(10**400), "1e39", "inf"):
+        (folder / "train.jsonl").write_text(json.dumps({"text": "a man", "label": number}) + "\n")
+        with pytest.raises(DataError, match=r"line 1 has .*, which float32 cannot hold"):
+            built(folder, f"data.path={folder / 'train.jsonl'}", task="regression")
 
 
 def test_another_directory_than_the_tasks_is_refused(folder: Path) -> None:
