@@ -320,9 +320,12 @@ def read_examples(config: Any, say: Say) -> tuple[list[Example], list[tuple[Exam
     held_out = [(example, table.part) for table in held_out_tables for example in wanted(table, of_held_out)]
     read = list(wanted(train_table, counts))
     if not held_out_tables:
-        cut = int(config.data.validation_fraction * 2**64)
-        held_out = [(example, 0) for example in read if split_hash(_digest(example)) < cut]
-        return [example for example in read if split_hash(_digest(example)) >= cut], held_out, counts, of_held_out
+        places = [split_hash(_digest(example)) for example in read]
+        # At least one is held out, and its like.
+        cut = max(int(config.data.validation_fraction * 2**64), min(places, default=0) + 1)
+        held_out = [(example, 0) for example, place in zip(read, places, strict=True) if place < cut]
+        train = [example for example, place in zip(read, places, strict=True) if place >= cut]
+        return train, held_out, counts, of_held_out
     known = {_digest(example) for example, _ in held_out}
     train = [example for example in read if keeps_all or _digest(example) not in known]
     counts.num_duplicates = sum(_digest(example) in known for example in read)
@@ -445,7 +448,7 @@ def build_classification(
     train, held_out, counts, of_held_out = read_examples(config, say)
     if not held_out:
         raise DataError(_nothing_held_out(config))
-    _require(config, len(train), world_size)
+    _require(config, len(train), counts, world_size)
     encoder = Encoder(tokenizer, config.data.sequence_length, has_types=model_has_token_types(config))
     rows = Examples(encoder.rows([(example, 0) for example in train], counts))
     held_out_rows = Examples(encoder.rows(held_out, of_held_out))
@@ -480,21 +483,24 @@ def _nothing_held_out(config: Any) -> str:
     if data.glue_task is not None or data.validation_split is not None:
         source = f"data.path={data.path}" if data.name is None else f"data.name={data.name}"
         return f"{source}: its held-out part has no example; give another, or data.validation_path"
-    return (
-        f"data.validation_fraction={data.validation_fraction} holds out no example; raise it, give more data, or set "
-        "data.validation_path"
-    )
+    return f"{_training_source(config)} has no example with text; give other data"
 
 
-def _require(config: Any, found: int, world_size: int) -> None:
-    train, data = config.train, config.data
+def _training_source(config: Any) -> str:
+    data = config.data
+    return f"data.path={data.path}" if data.name is None else f"data.name={data.name} (data.split={data.split})"
+
+
+def _require(config: Any, found: int, counts: Counts, world_size: int) -> None:
+    train = config.train
     needed = train.micro_batch_size * train.gradient_accumulation_steps * world_size
     if found < needed:
-        source = f"data.path={data.path}" if data.name is None else f"data.name={data.name} (data.split={data.split})"
+        num_known = counts.num_rows - counts.num_empty - counts.num_unreadable - found
+        why = f" ({num_known} of {counts.num_rows} rows have texts that are held out)" if num_known > 0 else ""
         raise DataError(
-            f"{source}: {found} examples for training, fewer than the {needed} of one global batch "
+            f"{_training_source(config)}: {found} examples for training, fewer than the {needed} of one global batch "
             f"(train.micro_batch_size={train.micro_batch_size} x train.gradient_accumulation_steps="
-            f"{train.gradient_accumulation_steps} x {world_size} ranks); give more data, or lower one of these"
+            f"{train.gradient_accumulation_steps} x {world_size} ranks); give more data, or lower one of these{why}"
         )
 
 

@@ -238,6 +238,20 @@ def test_without_held_out_files_equal_texts_fall_on_one_side(folder: Path) -> No
     assert bundle.summary["num_rows"] + bundle.summary["num_validation_documents"] == 240
 
 
+def test_of_few_rows_one_is_held_out(folder: Path) -> None:
+    write_tsv(folder / "few.tsv", "text\tlabel", [("a " * (n + 1), n % 2) for n in range(20)])
+    summary = built(folder, f"data.path={folder / 'few.tsv'}", "data.validation_fraction=0.0001").summary
+    assert (summary["num_rows"], summary["num_validation_documents"]) == (19, 1)
+    write_tsv(folder / "few.tsv", "text\tlabel", [("a man", n % 2) for n in range(20)])
+    with pytest.raises(
+        DataError, match=r": 0 examples for training, .* \(20 of 20 rows have texts that are held out\)"
+    ):
+        built(folder, f"data.path={folder / 'few.tsv'}")
+    write_tsv(folder / "few.tsv", "text\tlabel", [("", n % 2) for n in range(20)])
+    with pytest.raises(DataError, match=r"few.tsv has no example with text"):
+        built(folder, f"data.path={folder / 'few.tsv'}")
+
+
 def trimmed(batch: dict[str, torch.Tensor]) -> list[list[int]]:
     rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
     return [ids[mask == 1].tolist() for ids, mask in rows]
