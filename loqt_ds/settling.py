@@ -23,7 +23,7 @@ def resolve_steps(
     config: Config, data: DataBundle, world_size: int, checkpoint: Checkpoint | None, *, say: Say
 ) -> Config:
     """The configuration with epochs as steps: train.max_steps instead of train.epochs, eval.every as a number."""
-    train = config.train
+    train, written = config.train, config
     if train.epochs is None and config.eval.every != "epoch":
         return config
     num_rows = int(data.summary["num_rows"])
@@ -40,7 +40,7 @@ def resolve_steps(
         every = -(-num_rows // rows_of_step)
         say(f"eval.every=epoch: every {every} steps")
         config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=every))
-    check_steps(config)
+    check_steps(config, written)
     return config
 
 

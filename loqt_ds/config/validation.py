@@ -351,9 +351,11 @@ def _check_optim(config: Config) -> None:
             )
 
 
-def check_steps(config: Config) -> None:
-    """How long the run is, how often it is evaluated, and what follows from that; again, once epochs are steps."""
+def check_steps(config: Config, written: Config | None = None) -> None:
+    """How long the run is, how often it is evaluated, and what follows from that; again, once epochs are steps:
+    `written` is then what was given, for messages."""
     train, evaluation = config.train, config.eval
+    written = written or config
     if train.max_steps is None and train.epochs is None:
         raise ConfigError("train.max_steps=null and train.epochs=null: how long is not said; give one of them")
     if train.max_steps is not None and train.epochs is not None:
@@ -367,22 +369,38 @@ def check_steps(config: Config) -> None:
             f"{option} with data.streaming=true: a stream's rows are not counted before they are read; give a number "
             "of steps, or data.streaming=false"
         )
+    length = f"train.max_steps={train.max_steps}"
+    if written.train.epochs is not None:
+        length = f"train.epochs={written.train.epochs:g}"
+        length += "" if train.max_steps is None else f" ({train.max_steps} steps)"
     if train.max_steps is not None and config.num_warmup_steps > train.max_steps:
         raise ConfigError(
-            f"optim.warmup_steps={config.optim.warmup_steps} is more than train.max_steps={train.max_steps}; use at "
-            f"most {train.max_steps}"
+            f"optim.warmup_steps={config.optim.warmup_steps} is more than {length}; use at most {train.max_steps}"
         )
     for option, is_on in (
         ("checkpoint.best=true", config.checkpoint.best),
         (f"eval.patience={evaluation.patience}", evaluation.patience is not None),
     ):
-        every, num_steps = evaluation.every, train.max_steps
-        if is_on and every != "epoch" and (every == 0 or (num_steps is not None and every >= num_steps)):
-            of_steps = "" if every == 0 else f" of train.max_steps={num_steps} steps"
+        if is_on and _has_one_evaluation(config):
             raise ConfigError(
-                f"{option} with eval.every={every}{of_steps}: there is one evaluation, at the end, and nothing to "
-                f"choose from; set eval.every{'' if every == 0 else f' below {num_steps}'}, or leave the option out"
+                f"{option} with eval.every={written.eval.every}{'' if evaluation.every == 0 else f' of {length}'}: "
+                f"there is one evaluation, at the end, and nothing to choose from; set "
+                f"{_how_to_evaluate_more(config, written)}, or leave the option out"
             )
+
+
+def _has_one_evaluation(config: Config) -> bool:
+    every, train = config.eval.every, config.train
+    if isinstance(every, str):
+        return train.epochs is not None and train.epochs <= 1
+    return every == 0 or (train.max_steps is not None and every >= train.max_steps)
+
+
+def _how_to_evaluate_more(config: Config, written: Config) -> str:
+    steps = "" if config.train.max_steps is None else f" below {config.train.max_steps}"
+    if written.eval.every == "epoch" and written.train.epochs is not None:
+        return f"train.epochs above 1, or eval.every to a number of steps{steps}"
+    return "eval.every" if config.eval.every == 0 else f"eval.every{steps}"
 
 
 def _check_engine(config: Config) -> None:

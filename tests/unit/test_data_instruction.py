@@ -452,6 +452,10 @@ def test_chat_templates_that_cannot_be_used(tmp_path: Path) -> None:
         ({"train__max_steps": None}, ["train.epochs=null", "how long"]),
         ({"checkpoint__best": True, "eval__every": 0}, ["checkpoint.best=true", "eval.every=0"]),
         ({"eval__patience": 3, "eval__every": 0}, ["eval.patience=3", "eval.every=0"]),
+        (
+            {"eval__patience": 3, "eval__every": "epoch", "train__epochs": 1, "train__max_steps": None},
+            ["eval.every=epoch of train.epochs=1:", "train.epochs above 1, or eval.every to a number of steps"],
+        ),
     ],
 )
 def test_contradictions(tmp_path: Path, changes: dict[str, Any], words: list[str]) -> None:
@@ -490,3 +494,30 @@ def test_epochs_as_steps(epochs: float, num_rows: int, world_size: int, steps: i
     made.optim.warmup_steps = 10_000
     with pytest.raises(ConfigError, match="optim.warmup_steps=10000 is more than"):
         resolve_steps(made, bundle, world_size, None, say=said.append)
+
+
+@pytest.mark.parametrize(
+    ("train", "every", "message"),
+    [
+        (
+            {"epochs": 1.01, "max_steps": None},
+            "epoch",
+            r"eval.every=epoch of train.epochs=1.01 \(2 steps\): .*epochs above",
+        ),
+        (
+            {"epochs": 2, "max_steps": None},
+            50,
+            r"eval.every=50 of train.epochs=2 \(3 steps\): .*set eval.every below 3",
+        ),
+        ({"max_steps": 2}, "epoch", r"eval.every=epoch of train.max_steps=2: .*set eval.every below 2"),
+    ],
+)
+def test_one_evaluation_in_the_words_that_were_written(train: dict[str, Any], every: int | str, message: str) -> None:
+    """Of seven rows, six a step: an epoch has two."""
+    options = {"micro_batch_size": 3, "gradient_accumulation_steps": 2, **train}
+    made = from_dict({"model": {"shape": "llama_9m"}, "train": options, "eval": {"every": every}})
+    made.checkpoint.best = True
+    validate(made)
+    bundle: Any = DataBundle(None, None, {"num_rows": 7})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=message):
+        resolve_steps(made, bundle, 1, None, say=print)
