@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from loqt_ds.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from loqt_ds.config import Config, ConfigError
 from loqt_ds.data import DataBundle, Tokenizer, build_data, load_or_train_tokenizer
+from loqt_ds.data.conversation import read_template
 from loqt_ds.engines.base import Engine
 from loqt_ds.engines.single import SingleEngine
 from loqt_ds.evaluation import Evaluator
@@ -137,7 +138,9 @@ def prepare(
     voice.directory = directory
     if ranks.is_main:
         write_options(as_given, directory, ds_options)
-        tokenizer.save(directory / "tokenizer", say=say)
+        # Whoever loads the model asks it as it was trained to be asked.
+        template = None if config.data.chat_template is None else read_template(config.data.chat_template)
+        tokenizer.save(directory / "tokenizer", chat_template=template, say=say)
         if config.export.format == "gguf":
             read_tokenizer(directory / "tokenizer", int(model_config.vocab_size))  # refuses what no such file can hold
     say(f"run directory: {directory}")

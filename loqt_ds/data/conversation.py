@@ -57,7 +57,7 @@ class Reader:
         self._template = _unescaped(data.prompt_template or "{prompt}")
         self._chat_template: str | None = None
         if data.chat_template is not None:
-            self._chat_template = _read_template(data.chat_template)
+            self._chat_template = read_template(data.chat_template)
         elif self.is_chat:
             self._chat_template = _own_template(data, tokenizer)
 
@@ -193,7 +193,8 @@ def _unescaped(text: str) -> str:
     return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}[found[1]], text)
 
 
-def _read_template(name: str) -> str:
+def read_template(name: str) -> str:
+    """The text of `data.chat_template`. Raises DataError where the file cannot be read, or is empty."""
     try:
         text = Path(name).read_text(encoding="utf-8")
     except OSError as error:

@@ -84,8 +84,17 @@ class Tokenizer(ABC):
     def hf(self) -> Any:
         """The transformers tokenizer that `save` writes."""
 
-    def save(self, directory: str | Path, *, texts: Sequence[str] = (), say: Say = print) -> None:
+    def save(
+        self,
+        directory: str | Path,
+        *,
+        texts: Sequence[str] = (),
+        chat_template: str | None = None,
+        say: Say = print,
+    ) -> None:
         """Write tokenizer files; load them with AutoTokenizer; compare the ids on built-in samples and on `texts`.
+
+        chat_template: the one that was trained with, where it is not the tokenizer's own; from here on it is.
 
         A difference is said with the text that shows it. For the tokenizer trained here it is a ValueError, since there
         it can only be a defect.
@@ -94,6 +103,8 @@ class Tokenizer(ABC):
 
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        if chat_template is not None:
+            self.hf.chat_template = chat_template
         self.hf.save_pretrained(str(directory))
         loaded = AutoTokenizer.from_pretrained(str(directory))
         samples = [*spm_fast.SAMPLES, *spm_fast.LITERALS, *texts]

@@ -14,12 +14,13 @@ import yaml
 from helpers import llama_config, lm_loss, make_config, token_batch
 from killable import run_ranks
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 from workshop import ZERO2, Result, Workshop, events, losses, main
 
-from loqt_ds.config import load_config
+from loqt_ds.config import DataConfig, load_config
 from loqt_ds.data.tokenizer import train_sentencepiece
 from loqt_ds.engines.single import SingleEngine
+from loqt_ds.generate import load
 from loqt_ds.method.conversion import convert, loqt_layers
 from loqt_ds.optim import freeze_full_rank
 from loqt_ds.trainer import Trainer
@@ -116,6 +117,26 @@ def test_the_best_is_kept_exported_and_found_again(
     assert "is looked for from here on" in resumed.output
     (found,) = (again / "best").glob("step_*")
     assert found.name == f"step_{min(later, key=lambda step: (later[step], step))}"
+
+
+def test_the_chat_template_trained_with_travels(workshop: Workshop, examples: dict[str, Any], tmp_path: Path) -> None:
+    """Also with the checkpoint, and where a run goes on."""
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}[assistant]{% endif %}"
+    (tmp_path / "own.jinja").write_text(template)
+    run, options = tmp_path / "run", examples | {"data__prompt_template": ..., "checkpoint__best": False}
+    options |= {
+        "data__chat_template": tmp_path / "own.jinja",
+        "eval__every": 0,
+        "train__epochs": ...,
+        "train__max_steps": 1,
+    }
+    finetune(workshop, run, options, checkpoint__every=1).ok()
+    finetune(workshop, run, options, checkpoint__resume="auto", train__max_steps=2, export__format="bf16").ok()
+    for directory in (run / "checkpoints" / "step_1" / "tokenizer", run / "export"):
+        assert AutoTokenizer.from_pretrained(directory).chat_template == template
+    loaded = load(run / "export", None, None, around=DataConfig(messages_field="messages"), device="cpu")
+    assert loaded.opening("hi") == loaded.tokenizer.encode("[user]hi[assistant]")
 
 
 def test_patience_ends_a_run_and_a_resumed_one(workshop: Workshop, examples: dict[str, Any], tmp_path: Path) -> None:
