@@ -17,7 +17,7 @@ from loqt_ds.core.quantization import BUFFERS
 from loqt_ds.data import Tokenizer
 from loqt_ds.evaluation import Evaluation
 from loqt_ds.export import export_model, load_export
-from loqt_ds.generation import answer_greedily
+from loqt_ds.generation import answer_greedily, only_what_is_asked
 from loqt_ds.memory import Division, plan
 from loqt_ds.method.conversion import TASKS, loqt_layers
 from loqt_ds.run import Run
@@ -144,6 +144,7 @@ def _export(run: Run, trained: Evaluation, finished: Finished, say: Say) -> nn.M
         format=config.export.format,
         masters=masters,
         base_dir=None if config.export.base is None else Path(config.export.base),
+        generation=run.generation,
         say=say,
     )
     reloaded = load_export(report.output_dir, device=str(device))
@@ -178,7 +179,7 @@ def sample(
     model.eval()
     devices = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), only_what_is_asked(model):
             torch.manual_seed(seed)
             ids = torch.tensor([prompt], device=device)
             output = model.generate(

@@ -225,8 +225,9 @@ class _Printer:
     Everything is decoded each time: alone, the first token of a word has lost the space before it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], ends: Sequence[int] = ()) -> None:
         self._tokenizer, self._ids, self._seen_prompt = tokenizer, list(prompt), False
+        self._ends = {tokenizer.eot_id, *ends}
         self._printed = len(tokenizer.decode(prompt))
 
     def put(self, value: Tensor) -> None:
@@ -234,7 +235,7 @@ class _Printer:
         if not self._seen_prompt:
             self._seen_prompt = True
             return
-        self._ids += [index for index in value.reshape(-1).tolist() if index != self._tokenizer.eot_id]
+        self._ids += [index for index in value.reshape(-1).tolist() if index not in self._ends]
         text = self._tokenizer.decode(self._ids)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character whose bytes are not all there
             self._print(text)
@@ -249,12 +250,20 @@ class _Printer:
         self._printed = len(text)
 
 
+def _ends(model: Any, tokenizer: Tokenizer) -> list[int]:
+    """Tokens that end a text: the tokenizer's, and what the model says itself."""
+    own = model.generation_config.eos_token_id
+    return [tokenizer.eot_id, *([] if own is None else own if isinstance(own, list) else [own])]
+
+
 def write(loaded: Loaded, prompt: str, sampling: Sampling, *, seed: int) -> list[int]:
     """Prints the prompt and what the model adds, as it comes; returns the new ids.
 
     Raises ValueError for a prompt that is empty, or longer than the model's context.
     """
     import torch
+
+    from loqt_ds.generation import only_what_is_asked
 
     model: Any = loaded.model
     ids = loaded.opening(prompt)
@@ -270,14 +279,15 @@ def write(loaded: Loaded, prompt: str, sampling: Sampling, *, seed: int) -> list
     tokens = torch.tensor([ids], device=next(model.parameters()).device)
     torch.manual_seed(seed)
     print(prompt, end="", flush=True)
-    with torch.no_grad():
+    ends = _ends(model, loaded.tokenizer)
+    with torch.no_grad(), only_what_is_asked(model):
         output = model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=num_tokens,
-            eos_token_id=loaded.tokenizer.eot_id,
+            eos_token_id=ends,
             pad_token_id=loaded.tokenizer.pad_id,
-            streamer=_Printer(loaded.tokenizer, ids),
+            streamer=_Printer(loaded.tokenizer, ids, ends),
             **choice,
         )
     new: list[int] = output[0, len(ids) :].tolist()

@@ -3,7 +3,8 @@ end-of-text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,20 @@ def left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.dev
     ids = torch.tensor([[pad_id] * (length - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     return ids.to(device), mask.to(device)
+
+
+@contextmanager
+def only_what_is_asked(model: Any) -> Iterator[None]:
+    """Without the model's own `generation_config`, which transformers has a say in whatever a call leaves open: a chat
+    model's samples, penalizes repetitions, or searches several beams."""
+    from transformers import GenerationConfig
+
+    kept = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = kept
 
 
 @torch.no_grad()
@@ -41,7 +56,6 @@ def answer_greedily(
     """
     from transformers import GenerationConfig
 
-    # Not the model's own: a chat model's says that tokens are sampled.
     options = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eot_id, pad_token_id=pad_id, use_cache=True
     )
@@ -53,7 +67,8 @@ def answer_greedily(
         for start in range(0, len(prompts), batch_size):
             chosen = longest_first[start : start + batch_size]
             ids, mask = left_padded([prompts[index] for index in chosen], pad_id, device)
-            made = model.generate(ids, attention_mask=mask, generation_config=options)[:, ids.shape[1] :].tolist()
+            with only_what_is_asked(model):
+                made = model.generate(ids, attention_mask=mask, generation_config=options)[:, ids.shape[1] :].tolist()
             for index, answer in zip(chosen, made, strict=True):
                 # pad_id may be eot_id; both stand after the end only.
                 answers[index] = answer[: answer.index(eot_id)] if eot_id in answer else answer

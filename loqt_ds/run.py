@@ -61,7 +61,7 @@ from loqt_ds.rundir import (
     is_claimed_by,
     write_options,
 )
-from loqt_ds.settling import build_evaluator, resolve_steps
+from loqt_ds.settling import build_evaluator, resolve_generation, resolve_steps
 from loqt_ds.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ class Run:
     data: DataBundle
     engine: Engine
     model_config: Any
+    generation: dict[str, Any]  # generation_config.json of the export
     evaluator: Evaluator
     logger: MetricsLogger
     trainer: Trainer
@@ -130,6 +131,7 @@ def prepare(
         compare_model(checkpoint, model_config)
         data.train.load_state_dict(checkpoint.metadata["data"])  # refuses other data, before anything is loaded
 
+    generation = ranks.attempt(lambda: resolve_generation(config, tokenizer, model_config))
     as_given = config
     config = ranks.attempt(lambda: resolve_steps(config, data, ranks.world_size, checkpoint, say=say))
     evaluator = ranks.attempt(lambda: build_evaluator(config, tokenizer, data, model_config, device, say=say))
@@ -169,7 +171,7 @@ def prepare(
         evaluator,
         logger,
         checkpoints=directory / "checkpoints",
-        extra_metadata={"model_config": model_config.to_dict(), "ds_config": ds_options},
+        extra_metadata={"model_config": model_config.to_dict(), "ds_config": ds_options, "generation": generation},
         directories={"tokenizer": directory / "tokenizer"},
     )
     if checkpoint is None:
@@ -178,7 +180,20 @@ def prepare(
         trainer.restore(checkpoint)
         say(f"going on from {checkpoint.path} (step {checkpoint.step})")
     resumed_step = None if checkpoint is None else checkpoint.step
-    return Run(config, directory, tokenizer, data, engine, model_config, evaluator, logger, trainer, lock, resumed_step)
+    return Run(
+        config,
+        directory,
+        tokenizer,
+        data,
+        engine,
+        model_config,
+        generation,
+        evaluator,
+        logger,
+        trainer,
+        lock,
+        resumed_step,
+    )
 
 
 def _silent(_: str) -> None:

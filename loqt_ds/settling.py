@@ -1,4 +1,4 @@
-"""What a run settles once its data are there: how many steps its epochs are, and how it evaluates."""
+"""What a run settles once its data are there: how many steps its epochs are, how it evaluates, and how texts end."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from loqt_ds.checkpoint import Checkpoint
 from loqt_ds.config import Config, check_steps
 from loqt_ds.data import DataBundle, Tokenizer
 from loqt_ds.evaluation import Evaluator
+from loqt_ds.export.writer import generation_defaults, read_generation, with_end
 from loqt_ds.gsm8k import ExactMatch, check_references
 
 Say = Callable[[str], None]
@@ -42,6 +44,13 @@ def resolve_steps(
         config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=every))
     check_steps(config, written)
     return config
+
+
+def resolve_generation(config: Config, tokenizer: Tokenizer, model_config: Any) -> dict[str, Any]:
+    """What `generation_config.json` of an export says: what the source checkpoint's does, with the token that ended
+    documents and responses in training among those that end a text. Raises ExportError where it cannot be read."""
+    source = None if config.model.path is None else read_generation(Path(config.model.path))
+    return with_end(generation_defaults(model_config) if source is None else source, tokenizer.eot_id)
 
 
 def build_evaluator(

@@ -29,7 +29,14 @@ from torch import Tensor
 
 from loqt_ds.checkpoint import GIB
 from loqt_ds.data.tokenizer import Tokenizer, load_tokenizer
-from loqt_ds.export.writer import Unit, complete_or_nothing, refuse_existing, write_configuration, write_weights
+from loqt_ds.export.writer import (
+    Unit,
+    complete_or_nothing,
+    refuse_existing,
+    generation_defaults,
+    write_configuration,
+    write_weights,
+)
 
 NORM_EPSILON = 1e-5  # a constant of llama2.c, not in the file
 DEFAULT_ROPE_THETA = 10000.0
@@ -261,7 +268,9 @@ def convert(model: Path, tokenizer: Path, output: Path, *, max_shard_bytes: int 
             config = model_config(header, theta, loaded)
             # Documents end where llama2.c begins the next one; text trained on later may end with the usual piece.
             stop = [loaded.eot_id, BOS_ID]
-            write_configuration(temporary, config.to_json_string(), config, eos_token_id=stop)
+            write_configuration(
+                temporary, config.to_json_string(), generation_defaults(config) | {"eos_token_id": stop}
+            )
             loaded.save(temporary)
     except OSError as error:
         raise ConversionError(f"--output={output} could not be written: {error}; earlier files are intact") from error

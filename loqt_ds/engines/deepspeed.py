@@ -43,6 +43,7 @@ from loqt_ds.engines.state import (
     take_back,
 )
 from loqt_ds.export import ExportReport, export_model
+from loqt_ds.export.writer import options_of
 from loqt_ds.method.controller import Controller
 from loqt_ds.method.conversion import keep_dequantized, loqt_layers
 from loqt_ds.optim import LearningRates, RoundingAdam, build_optimizer, parameter_groups
@@ -390,6 +391,8 @@ class LoQTEngine(DeepSpeedEngine):
         if (model_config := self._model_config()) is not None:
             metadata["model_config"] = model_config.to_dict()
             metadata["model_class"] = type(self.module).__name__  # no task of a configuration says it here
+            if (generation_config := getattr(self.module, "generation_config", None)) is not None:
+                metadata["generation"] = options_of(generation_config)
         tensors = self.saved_tensors()
         save_checkpoint(
             Path(save_dir),

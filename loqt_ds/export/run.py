@@ -54,6 +54,7 @@ def export_model(
     verify: bool = True,
     base_dir: Path | None = None,
     gguf_type: str = "bf16",
+    generation: Mapping[str, Any] | None = None,
     source: str = "a model in memory",
     say: Say = print,
 ) -> ExportReport:
@@ -75,6 +76,7 @@ def export_model(
         base_dir: with "adapter", the directory of a base that there is already: only the adapter is written, after it
             was found to be the same one.
         gguf_type: with "gguf", how matrices are stored, one of `gguf.TYPES`.
+        generation: what `generation_config.json` is to say; None: the model's own `generation_config`.
 
     Raises:
         ExportError: an option or directory is refused, the disk is too small, or the reloaded model differs.
@@ -114,7 +116,7 @@ def export_model(
             if format == "gguf":
                 _write_gguf(where, expected, tokenizer_dir, gguf_type, report, verify=verify)
             elif base_dir is None:
-                written = _write_model(where, expected, model, tokenizer_dir, max_shard_size_gib, report)
+                written = _write_model(where, expected, model, tokenizer_dir, max_shard_size_gib, generation, report)
                 if verify:
                     _verify_model(where, written, expected, report)
             if format == "adapter":
@@ -127,9 +129,15 @@ def export_model(
     return report
 
 
-def _generates(model: nn.Module) -> bool:
+def _generation(model: nn.Module, model_config: Any, given: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """What `generation_config.json` says; None for a model that generates nothing."""
     can_generate = getattr(model, "can_generate", None)
-    return bool(can_generate()) if callable(can_generate) else True
+    if callable(can_generate) and not can_generate():
+        return None
+    if given is not None:
+        return given
+    own = getattr(model, "generation_config", None)
+    return writer.generation_defaults(model_config) if own is None else writer.options_of(own)
 
 
 def _write_model(
@@ -138,6 +146,7 @@ def _write_model(
     model: nn.Module,
     tokenizer_dir: Path | None,
     max_shard_size_gib: float,
+    generation: Mapping[str, Any] | None,
     report: ExportReport,
 ) -> writer.WrittenWeights:
     """Everything that transformers loads; completes the report."""
@@ -148,7 +157,7 @@ def _write_model(
     written = writer.write_weights(directory, units, int(max_shard_size_gib * GIB))
     if model_config is not None:
         config_json = writer.model_config_json(model, expected.layers, model_config, expected.weight_format)
-        writer.write_configuration(directory, config_json, model_config, generates=_generates(model))
+        writer.write_configuration(directory, config_json, _generation(model, model_config, generation))
     if tokenizer_dir is not None:
         writer.copy_tokenizer(tokenizer_dir, directory)
     report.num_bytes, report.num_shards = written.num_bytes, len(written.files)
@@ -266,6 +275,7 @@ def export_checkpoint(
         verify=verify,
         base_dir=base_dir,
         gguf_type=gguf_type,
+        generation=checkpoint.metadata.get("generation"),
         source=f"{found.resolve()} (step {checkpoint.step})",
         say=say,
     )

@@ -6,6 +6,7 @@ A shard is made when its turn comes, so the export needs the memory of one shard
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,9 +23,10 @@ from loqt_ds.export.report import ExportError
 
 INDEX_FILE = "model.safetensors.index.json"
 REPORT_FILE = "export_report.json"
+GENERATION_FILE = "generation_config.json"
 
 # What a directory given as the tokenizer's may hold that is not of the tokenizer: weights and configuration of a model.
-_NOT_OF_TOKENIZER = ("config.json", "generation_config.json", REPORT_FILE, INDEX_FILE)
+_NOT_OF_TOKENIZER = ("config.json", GENERATION_FILE, REPORT_FILE, INDEX_FILE)
 _NOT_OF_TOKENIZER_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
@@ -129,19 +131,49 @@ def model_config_json(
     return config.to_json_string()
 
 
-def write_configuration(
-    directory: Path, config_json: str, model_config: Any, *, generates: bool = True, **generation_options: Any
-) -> None:
-    """Write `config.json`, and for a model that generates `generation_config.json` with what the model's configuration
-    says and the options."""
+def write_configuration(directory: Path, config_json: str, generation: Mapping[str, Any] | None) -> None:
+    """Write `config.json`, and for a model that generates `generation_config.json`."""
+    write_bytes(directory / "config.json", config_json.encode())
+    if generation is not None:
+        write_json(directory / GENERATION_FILE, generation)
+
+
+def generation_defaults(model_config: Any) -> dict[str, Any]:
+    """What `generation_config.json` says where nobody has written one: the model's special tokens."""
     from transformers import GenerationConfig
 
-    write_bytes(directory / "config.json", config_json.encode())
-    if not generates:
-        return
-    generation = GenerationConfig.from_model_config(model_config)
-    generation.update(**generation_options)
-    write_bytes(directory / "generation_config.json", generation.to_json_string().encode())
+    return options_of(GenerationConfig.from_model_config(model_config))
+
+
+def options_of(generation_config: Any) -> dict[str, Any]:
+    """A GenerationConfig as JSON, without what it leaves to transformers."""
+    options: dict[str, Any] = json.loads(generation_config.to_json_string())
+    return options
+
+
+def read_generation(directory: Path) -> dict[str, Any] | None:
+    """What `generation_config.json` of a model's directory says; None where there is none.
+
+    Raises ExportError where it cannot be read.
+    """
+    path = directory / GENERATION_FILE
+    if not path.is_file():
+        return None
+    try:
+        options = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path}, which goes along with the export, cannot be read ({error}); mend it") from error
+    if not isinstance(options, dict):
+        raise ExportError(f"{path}, which goes along with the export, is no JSON object; mend it, or remove it")
+    return options
+
+
+def with_end(generation: Mapping[str, Any], end: int) -> dict[str, Any]:
+    """The same, with `end` among the tokens that end a text."""
+    known = generation.get("eos_token_id")
+    known = known if isinstance(known, list) else [] if known is None else [known]
+    ends = known if end in known else [*known, end]
+    return {**generation, "eos_token_id": ends[0] if len(ends) == 1 else ends}
 
 
 def copy_tokenizer(source: Path, directory: Path) -> list[str]:

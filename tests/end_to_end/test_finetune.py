@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from workshop import ZERO2, Result, Workshop, events, losses, main
 from loqt_ds.config import DataConfig, load_config
 from loqt_ds.data.tokenizer import train_sentencepiece
 from loqt_ds.engines.single import SingleEngine
-from loqt_ds.generate import load
+from loqt_ds.export import export_checkpoint
+from loqt_ds.generate import Sampling, load, write
 from loqt_ds.method.conversion import convert, loqt_layers
 from loqt_ds.optim import freeze_full_rank
 from loqt_ds.trainer import Trainer
@@ -229,6 +231,27 @@ def test_the_twin_of_a_recipe_trains_b_alone(recipe: str, base: Path, examples: 
     (initialized,) = events(run, "reinit")
     assert initialized["num_kept"] == 0 and initialized["captured_energy"] > 0.5
     assert (run / "export" / "base").is_dir() and (run / "export" / "adapter" / "adapter_config.json").is_file()
+
+
+def test_how_texts_are_generated_travels(
+    workshop: Workshop, base: Path, examples: dict[str, Any], tmp_path: Path
+) -> None:
+    """The source's generation_config.json, also out of a checkpoint; what the run itself writes does not follow it."""
+    source, run = tmp_path / "source", tmp_path / "run"
+    shutil.copytree(base, source)
+    theirs = {"do_sample": True, "top_p": 0.5, "num_beams": 3, "eos_token_id": [5, 6], "pad_token_id": 0}
+    (source / "generation_config.json").write_text(json.dumps(theirs))
+    options = examples | {"train__epochs": ..., "train__max_steps": 1, "checkpoint__best": False, "eval__every": 0}
+    options |= {"model__shape": "null", "model__vocab_size": "null", "data__tokenizer": ..., "model__path": source}
+    done = finetune(workshop, run, options, export__format="bf16", eval__num_samples=1).ok()
+    assert "held-out prompt ⟶ answer" in done.output
+    end = AutoTokenizer.from_pretrained(run / "export").eos_token_id
+    export_checkpoint(run, tmp_path / "adapter", format="adapter", verify=False, say=str)
+    for directory in (run / "export", tmp_path / "adapter" / "base"):
+        written = json.loads((directory / "generation_config.json").read_text())
+        assert written == theirs | {"eos_token_id": [5, 6, end]}
+    loaded = load(run / "export", None, None, around=DataConfig(prompt_template="Q: {prompt}\nA: "), device="cpu")
+    assert 1 <= len(write(loaded, "1 plus 2?", Sampling(4, 0.0, 50), seed=0)) <= 4
 
 
 def test_the_first_layer_sees_its_gradient_with_frozen_embeddings() -> None:

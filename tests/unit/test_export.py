@@ -386,6 +386,30 @@ def test_tokenizer_files_travel_and_models_beside_them_do_not(tmp_path: Path) ->
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
 
 
+def test_how_texts_are_generated_travels(tmp_path: Path) -> None:
+    """What is given, or the model's own; the token that ended texts in training is added to those there are."""
+    config = llama()
+    model = trained(config)
+
+    def written(name: str, **options: Any) -> Any:
+        export(model, config, tmp_path / name, format="bf16", verify=False, **options)
+        return json.loads((tmp_path / name / "generation_config.json").read_text())
+
+    theirs = {"do_sample": True, "temperature": 0.6, "eos_token_id": [2, 5]}
+    assert written("given", generation=theirs) == theirs
+    assert writer.read_generation(tmp_path / "given") == theirs
+    model.generation_config.update(do_sample=True, top_p=0.7, eos_token_id=[2, 7])
+    own = written("own")
+    assert own["top_p"] == 0.7 and own["eos_token_id"] == [2, 7]
+    ends = [
+        writer.with_end(given, 9)["eos_token_id"] for given in ({}, {"eos_token_id": 9}, {"eos_token_id": 2}, theirs)
+    ]
+    assert ends == [9, 9, [2, 9], [2, 5, 9]]
+    (tmp_path / "own" / "generation_config.json").write_text("[")
+    with pytest.raises(ExportError, match=r"own/generation_config.json, which goes along .* mend it"):
+        writer.read_generation(tmp_path / "own")
+
+
 def test_the_report_is_written_and_the_model_is_untouched(tmp_path: Path) -> None:
     config = llama()
     model = trained(config)

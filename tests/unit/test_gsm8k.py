@@ -121,7 +121,7 @@ def test_batched_answers_are_those_of_each_prompt_alone(kind: str) -> None:
     expected = [answer[: answer.index(eot)] if eot in answer else answer for answer in endless]
     assert len(expected[0]) < 9
     model.train()
-    model.generation_config.update(do_sample=True, temperature=0.3, max_length=3)  # not asked
+    model.generation_config.update(do_sample=True, temperature=0.3, max_length=3, repetition_penalty=9.0)  # not asked
     answers = answer_greedily(
         model, prompts, max_new_tokens=9, batch_size=3, eot_id=eot, pad_id=eot, device=CPU, tick=ticks.append
     )
