@@ -12,11 +12,13 @@ and what the adapter holds is in float32 (masters of B, and P̂ as its codes sta
 W_q of several tasks is the same where it is the quantized weight of one checkpoint (`loqt.schedule=never`,
 `loqt.compensation_steps` at most 1). Then one base serves all: the adapter alone is written over it, and what else the
 task has trained goes along, modules as `modules_to_save`, biases of adapted layers as `lora_bias`. `BASE_FILE` in the
-adapter's directory holds the checksums of the base that it is of.
+adapter's directory holds the checksums of the base that it is of, and `CLASSES_FILE` what a classifier's classes are
+called: PEFT has no place for that, and the base's configuration speaks of the first task's.
 """
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -40,6 +42,7 @@ BASE, ADAPTER = "base", "adapter"
 """The two directories of an export."""
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+CLASSES_FILE = "classes.json"
 
 # Kernels add in another order: 1e-7 in a layer in float32, 4e-3 in bf16. A wrong factor is an error of its size.
 _LAYER_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -121,7 +124,7 @@ def write_adapter(
     base_files: Mapping[str, Mapping[str, Any]],
     contents: Contents,
 ) -> AdapterReport:
-    """Writes the adapter's three files into a new directory.
+    """Writes the adapter's files into a new directory.
 
     Args:
         layers: all adapted layers by name.
@@ -148,6 +151,10 @@ def write_adapter(
     is_transposed = any(layer.is_stored_transposed for layer in layers.values())
     config = _peft_config(model, shapes, contents, base, is_transposed=is_transposed)
     write_json(directory / CONFIG_FILE, config)
+    if task_type(model) == "SEQ_CLS":
+        own: Any = model.config
+        named = {"num_labels": own.num_labels, "id2label": own.id2label, "problem_type": own.problem_type}
+        write_json(directory / CLASSES_FILE, named)
     write_json(directory / BASE_FILE, {"base": str(base), "files": {n: dict(e) for n, e in base_files.items()}})
     return AdapterReport(
         rank=config["r"],
@@ -205,14 +212,14 @@ def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:
 def load_adapter(base: nn.Module, adapter_dir: Path) -> nn.Module:
     """PEFT's model of a loaded base, in eval mode.
 
-    A classifier's head is made one of as many classes as the adapter's. (Loaded with other `num_labels`, transformers
-    would draw all weights anew, and cannot draw 4-bit ones.)
+    A classifier's head is made one of as many classes as the adapter's, called as they are there.
 
     Raises ExportError where PEFT is not installed or cannot load it.
     """
     peft = import_peft()
     try:
         _fit_head(base, adapter_dir)
+        _name_classes(base, adapter_dir)
         with warnings.catch_warnings():
             # PEFT asks transformers 5 for activation checkpointing by a name that is being replaced.
             warnings.filterwarnings("ignore", category=FutureWarning, message=r".*is_gradient_checkpointing")
@@ -233,6 +240,16 @@ def _fit_head(model: Any, adapter_dir: Path) -> None:
             head = model.get_submodule(module)
             setattr(head, child, nn.Parameter(parameter.new_zeros(*shape), requires_grad=parameter.requires_grad))
             head.out_features = model.num_labels = model.config.num_labels = shape[0]
+
+
+def _name_classes(model: Any, adapter_dir: Path) -> None:
+    """Gives a classifier the classes of the adapter's task, where the adapter has them written down."""
+    if not (adapter_dir / CLASSES_FILE).is_file():
+        return
+    named = json.loads((adapter_dir / CLASSES_FILE).read_text(encoding="utf-8"))
+    model.config.id2label = {int(index): name for index, name in named["id2label"].items()}
+    model.config.label2id = {name: index for index, name in model.config.id2label.items()}
+    model.config.problem_type = named["problem_type"]
 
 
 def import_peft() -> Any:

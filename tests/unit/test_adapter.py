@@ -26,9 +26,9 @@ from loqt_ds.method.conversion import convert, loqt_layers
 peft = pytest.importorskip("peft", reason="the adapter extra is not installed")
 
 
-def by_peft(base: Path, adapter_dir: Path, kind: Any = AutoModelForCausalLM) -> Any:
+def by_peft(base: Path, adapter_dir: Path, kind: Any = AutoModelForCausalLM, **options: Any) -> Any:
     """As somebody loads it who knows nothing of loqt_ds."""
-    model = kind.from_pretrained(base, device_map={"": "cpu"})
+    model = kind.from_pretrained(base, device_map={"": "cpu"}, **options)
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False
@@ -279,6 +279,8 @@ def test_classifiers_share_an_encoder(tmp_path: Path) -> None:
     classifier = by_peft(base, tmp_path / "one" / "adapter", transformers.AutoModelForSequenceClassification)
     assert relative(outputs(classifier, inputs), outputs(one, inputs)) < 1e-5
     other = bert(3)
+    other.config.id2label = {0: "no", 1: "maybe", 2: "yes"}
+    other.config.problem_type = "single_label_classification"
     encoder = {name: value for name, value in one.state_dict().items() if name.startswith("bert.")}
     converted(other, target_modules=layers).load_state_dict(encoder, strict=False)
     train_on(other)
@@ -288,6 +290,14 @@ def test_classifiers_share_an_encoder(tmp_path: Path) -> None:
     assert report.adapter.modules_to_save == ["bert.pooler.dense", "classifier"]
     loaded = load_export(tmp_path / "two")
     assert outputs(loaded, inputs).shape == (2, 3)
+    assert loaded.config.id2label == other.config.id2label and loaded.config.problem_type == other.config.problem_type
+    assert loaded.config.label2id == {"no": 0, "maybe": 1, "yes": 2} and loaded.config.num_labels == 3
+    # As README says, for somebody who knows nothing of loqt_ds.
+    names = json.loads((tmp_path / "two" / "adapter" / "classes.json").read_text())
+    assert names["id2label"] == {"0": "no", "1": "maybe", "2": "yes"}
+    anew = {"num_labels": names["num_labels"], "ignore_mismatched_sizes": True}
+    stranger = by_peft(base, tmp_path / "two" / "adapter", transformers.AutoModelForSequenceClassification, **anew)
+    assert relative(outputs(stranger, inputs), outputs(other, inputs)) < 1e-5
     assert relative(outputs(loaded, inputs), outputs(other, inputs)) < 1e-5
 
 
