@@ -1,9 +1,9 @@
 """`python -m loqt_ds.generate --model DIR`: text from what was trained, for a look at it.
 
-DIR is an export (nf4, bf16, base and adapter, or gguf), a run directory, or a checkpoint of it (`step_N`). `--adapter`
-takes an adapter over the base DIR. Without `--prompt`, a terminal is asked for prompts one by one, and anything else is
-read to its end as one prompt. A run that was trained on prompts and responses sees a prompt as its training did; for
-exports, `--template` or `--chat` says what comes around it.
+DIR is an export (nf4, bf16, base and adapter, or gguf), a run directory (its best checkpoint, where it has kept one,
+else its newest), or a checkpoint of it (`step_N`). `--adapter` takes an adapter over the base DIR. Without `--prompt`, a
+terminal is asked for prompts one by one, and anything else is read to its end as one prompt. A run that was trained on
+prompts and responses sees a prompt as its training did; for exports, `--template` or `--chat` says what comes around it.
 """
 
 from __future__ import annotations
@@ -163,12 +163,11 @@ def load(
 
 
 def _load_checkpoint(path: Path, tokenizer: Path | None, *, around: DataConfig | None, device: str) -> Loaded:
-    from loqt_ds.checkpoint import find_checkpoint, load_checkpoint
+    from loqt_ds.checkpoint import load_checkpoint
     from loqt_ds.config import from_dict
-    from loqt_ds.export.run import rebuild
+    from loqt_ds.export.run import choose_checkpoint, rebuild
 
-    found = find_checkpoint(path, str(path), say=lambda text: print(text, file=sys.stderr), option="--model")
-    assert found is not None, "a path either holds a checkpoint or raises"
+    found = choose_checkpoint(path, say=lambda text: print(text, file=sys.stderr), option="--model")
     checkpoint = load_checkpoint(found, verify=False)
     if tokenizer is None and "tokenizer" not in checkpoint.manifest["directories"]:
         raise ValueError(f"{found} holds no tokenizer; give --tokenizer DIR")

@@ -17,7 +17,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status (2 for whatever the user can put right)."""
     parser = argparse.ArgumentParser(prog="python -m loqt_ds.export", description=__doc__)
     parser.add_argument(
-        "--checkpoint", required=True, type=Path, help="a step_N directory, or a run directory (its newest checkpoint)"
+        "--checkpoint",
+        required=True,
+        type=Path,
+        help="a step_N directory, or a run directory (its best checkpoint if it has kept one, else its newest)",
     )
     parser.add_argument("--output", required=True, type=Path, help="directory to make; must not exist or be empty")
     parser.add_argument(

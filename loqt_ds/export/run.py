@@ -246,7 +246,8 @@ def export_checkpoint(
     """Export what a training checkpoint holds; fp32 masters are used where it has them.
 
     Args:
-        checkpoint_dir: a `step_N` directory, or one of those (the newest that is undamaged), or a run directory.
+        checkpoint_dir: a `step_N` directory, or one of those (the newest that is undamaged), or a run directory (its
+            best checkpoint, where it has kept one).
         Others: as for `export_model`.
 
     Raises:
@@ -255,8 +256,7 @@ def export_checkpoint(
     """
     check_options(format, double_quant, max_shard_size_gib, base_dir=base_dir, gguf_type=gguf_type, verify=verify)
     writer.refuse_existing(Path(output_dir))
-    found = find_checkpoint(Path(checkpoint_dir), str(checkpoint_dir), say=say, option="--checkpoint")
-    assert found is not None, "a path either holds a checkpoint or raises"
+    found = choose_checkpoint(Path(checkpoint_dir), say=say, option="--checkpoint")
     checkpoint = load_checkpoint(found, verify=False)
     model, model_config = rebuild(checkpoint)
     model.to(_device())
@@ -492,6 +492,21 @@ def _units(expected: Expected, reports: list[LayerReport]) -> list[writer.Unit]:
 
 
 # ------------------------------------------------------------------------------------------------- from a checkpoint
+
+
+def choose_checkpoint(path: Path, *, say: Say, option: str) -> Path:
+    """The checkpoint that a path means: of a run directory the one in `best/`, which the run itself exports, where
+    there is one; else the newest that is undamaged.
+
+    Raises CheckpointError where there is none, naming `option`.
+    """
+    best = path / "best"
+    if best.is_dir() and any(best.glob("step_*")):
+        say(f"{option}={path} has kept its best checkpoint, which is taken; its newest is in {path / 'checkpoints'}")
+        path = best
+    found = find_checkpoint(path, str(path), say=say, option=option)
+    assert found is not None, "a path either holds a checkpoint or raises"
+    return found
 
 
 def rebuild(checkpoint: Checkpoint) -> tuple[nn.Module, Any]:

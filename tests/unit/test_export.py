@@ -429,7 +429,7 @@ def test_the_report_is_written_and_the_model_is_untouched(tmp_path: Path) -> Non
 
 
 def checkpoint_of(
-    model: Any, config: LlamaConfig, root: Path, *, loqt: dict[str, Any], masters: dict | None = None
+    model: Any, config: LlamaConfig, root: Path, *, loqt: dict[str, Any], masters: dict | None = None, step: int = 30
 ) -> Path:
     resolved = Config(loqt=LoQTConfig(**({"rank": 8, "alpha": 0.5} | loqt)))
     tokenizer = root.parent / "tokenizer"
@@ -444,7 +444,7 @@ def checkpoint_of(
     shards = [{"key": "flat", "length": offset, "fragments": fragments}] if masters else []
     return save_checkpoint(
         root,
-        30,
+        step,
         tensors={"model": model.state_dict(), "optimizer": {"flat/master": flat, "flat/exp_avg": torch.zeros(3)}},
         metadata={
             "model_config": config.to_dict(),

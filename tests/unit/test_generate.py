@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGenerat
 from loqt_ds.config import DataConfig
 from loqt_ds.data.tokenizer import SentencePieceTokenizer, load_tokenizer, train_sentencepiece
 from loqt_ds.data.tokenizer import _with_real_spaces as with_real_spaces
+from loqt_ds.export import export_checkpoint
 from loqt_ds.generate import Sampling, _opening, _Printer, _writer, load, main, write
 
 WORDS = ("one", "two", "three", "four", "five")
@@ -29,7 +31,7 @@ class Made:
         self.tokenizer = SentencePieceTokenizer(pieces, "test", trained_here=True)
         self.tokenizer.save(root / "words", texts=TEXT)
         config = llama(vocab_size=340, num_hidden_layers=1)
-        self.model = trained(config)
+        self.config, self.model = config, trained(config)
         self.export = root / "export"
         export(self.model, config, self.export, format="bf16", tokenizer_dir=root / "words", verify=False)
         self.checkpoint = checkpoint_of(self.model, config, root / "run" / "checkpoints", loqt={})
@@ -84,6 +86,20 @@ def test_a_checkpoint_and_a_run_write_what_was_trained(made: Made, capsys: pytes
     for path in (made.checkpoint, made.checkpoint.parents[1]):
         loaded = load(path, None, made.words, around=None, device="cpu")
         assert write(loaded, PROMPT, Sampling(9, 0.0, 50), seed=0) == wanted and "step 30" in loaded.what
+
+
+def test_of_a_run_the_best_is_taken(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the run itself exports it; what is newer is said to be there."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(made.checkpoint, run_dir / "checkpoints" / "step_30")
+    checkpoint_of(trained(made.config), made.config, run_dir / "best", loqt={}, step=20)
+    loaded = load(run_dir, None, made.words, around=None, device="cpu")
+    assert "best/step_20 (step 20)" in loaded.what
+    assert f"--model={run_dir} has kept its best checkpoint" in capsys.readouterr().err
+    assert "step 30" in load(run_dir / "checkpoints", None, made.words, around=None, device="cpu").what
+    said: list[str] = []
+    report = export_checkpoint(run_dir, tmp_path / "out", format="bf16", verify=False, say=said.append)
+    assert "best/step_20 (step 20)" in report.source and "which is taken; its newest is in" in said[0]
 
 
 def test_sampling_goes_by_the_seed_and_templates_come_around(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
