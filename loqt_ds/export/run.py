@@ -172,7 +172,7 @@ def _verify_model(directory: Path, written: writer.WrittenWeights, expected: Exp
         verify_files(directory, written)
         return
     report.verification = verify_export(directory, written, expected)
-    report.notes += _patched_note(report.verification.patched_layers)
+    report.notes += _patched_note(report.verification.patched_layers) + _repacked_note(expected)
 
 
 def _write_gguf(
@@ -217,6 +217,8 @@ def _write_adapter(
     made = adapter.write_adapter(directory, layers, factors, model, base=called, base_files=files, contents=contents)
     report.adapter = made
     report.num_bytes, report.num_shards = report.num_bytes + made.num_bytes, report.num_shards + 1
+    if base_dir is not None and verify:
+        report.notes += _repacked_note(expected)
     report.layers = report.layers or adapter.unchanged(expected)
     if verify:
         device = next(iter(layers.values())).B.device
@@ -427,6 +429,22 @@ def _patched_note(patched: list[str]) -> list[str]:
         f"bitsandbytes on this CPU dequantizes {len(patched)} matrices wrongly (in_features divisible by 16, not by "
         f"64; {patched[0]} is one): their codes were verified, and to compare logits they were dequantized by "
         "table look-up. On a GPU the export computes rightly; do not evaluate it on a CPU"
+    ]
+
+
+def _repacked_note(expected: Expected) -> list[str]:
+    """What a stranger's 4-bit model computes on this CPU is not what was compared."""
+    from bitsandbytes.functional import has_avx512bf16
+
+    is_quantized = any(expected.format_of(name).quant_type is not None for name in expected.layers)
+    device = next(iter(expected.layers.values())).B.device
+    if not is_quantized or device.type != "cpu" or not has_avx512bf16():
+        return []
+    return [
+        "with AVX512-BF16, as this CPU has it, bitsandbytes computes 4-bit layers in bf16, whatever the model's dtype "
+        "(logits then differ by about 5e-3), and fails where in_features do not divide by 64 or out_features by 32; "
+        "what was compared was computed without that. loqt_ds.export.load_export loads without it too, and so does transformers after "
+        "`import bitsandbytes; bitsandbytes.nn.modules.has_avx512bf16 = lambda: False`"
     ]
 
 

@@ -227,6 +227,27 @@ def test_the_command_writes_a_base_once(tmp_path: Path, capsys: pytest.CaptureFi
     assert report["adapter"]["base"] == str(base) and report["adapter"]["logits_relative_difference"] < 1e-2
 
 
+def test_a_cpu_that_computes_in_bf16_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what the note says to do, does it (on any CPU: it is asked once, when a layer is made)."""
+    config = llama()
+    model = trained(config)
+    monkeypatch.setattr("bitsandbytes.functional.has_avx512bf16", lambda: True)
+    for directory, options in (
+        ("nf4", {"format": "nf4"}),
+        ("one", {"format": "adapter"}),
+        ("two", {"format": "adapter", "base_dir": tmp_path / "one" / "base"}),
+    ):
+        report = export(model, config, tmp_path / directory, **options)
+        assert sum("bitsandbytes.nn.modules.has_avx512bf16 = lambda: False" in note for note in report.notes) == 1
+    assert not export(model, config, tmp_path / "bf16", format="bf16").notes
+    monkeypatch.setattr("bitsandbytes.functional.has_avx512bf16", lambda: False)
+    assert not export(model, config, tmp_path / "three", format="adapter").notes
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "one" / "base")
+    reloaded = peft.PeftModel.from_pretrained(base, tmp_path / "one" / "adapter")
+    assert relative(logits(reloaded), logits(model)) < 1e-5
+
+
 # ---------------------------------------------------------------------------------------------------- other models
 
 
