@@ -149,7 +149,7 @@ def load(
     if adapter is not None:
         if parts is None:
             raise ValueError(f"--adapter needs the base as --model, and {model} is none: give the base's directory")
-        inside = find_parts(adapter)
+        inside = find_parts(adapter, base=parts.model)
         if inside is None or inside.adapter is None:
             raise ValueError(f"--adapter={adapter} holds no adapter_config.json; give the directory of an adapter")
         parts = Parts(parts.model, inside.adapter)

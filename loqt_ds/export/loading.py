@@ -23,8 +23,11 @@ class Parts:
     adapter: Path | None
 
 
-def find_parts(directory: Path) -> Parts | None:
+def find_parts(directory: Path, *, base: Path | None = None) -> Parts | None:
     """Where model and adapter lie, for any directory that an export has made; None where it is none.
+
+    Args:
+        base: of an adapter, where its base is now; None: beside it, or where it was.
 
     Raises ExportError where the base of an adapter is not to be found.
     """
@@ -32,7 +35,7 @@ def find_parts(directory: Path) -> Parts | None:
         return Parts(directory, None)
     for adapter in (directory, directory / ADAPTER):
         if (adapter / CONFIG_FILE).is_file():
-            return Parts(_base_of(adapter), adapter)
+            return Parts(_base_of(adapter) if base is None else base, adapter)
     return None
 
 
@@ -48,20 +51,28 @@ def _base_of(adapter: Path) -> Path:
     except (OSError, ValueError, KeyError) as error:
         raise ExportError(f"the adapter {adapter} does not say which base it is of ({error!r}); give it") from error
     if not (Path(named) / "config.json").is_file():
-        raise ExportError(f"the base {named} of the adapter {adapter} is not there; give the directory it is in now")
+        raise ExportError(
+            f"the base {named} of the adapter {adapter} is not there; give the directory it is in now: "
+            f"load_export(DIR, base=BASE), or python -m loqt_ds.generate --model BASE --adapter {adapter}"
+        )
     return Path(named)
 
 
-def load_export(directory: Path, *, device: str = "cpu") -> nn.Module:
+def load_export(directory: Path, *, base: Path | None = None, device: str = "cpu") -> nn.Module:
     """The exported model as transformers (and PEFT) load it, in eval mode, with the layers put right that a CPU gets
     wrong (see `verify`). Of an adapter: the model of its base, with the adapter's layers in it.
+
+    `base`: where an adapter's base is now, if it is neither beside the adapter nor where it was; its checksums are
+    compared as ever.
 
     Raises ExportError: it cannot be loaded, or an adapter belongs to another base.
     """
     directory = Path(directory)
-    parts = find_parts(directory)
+    parts = find_parts(directory, base=None if base is None else Path(base))
     if parts is None:
         raise ExportError(f"{directory} is no export: it has neither config.json, {CONFIG_FILE} nor {FILE}")
+    if base is not None and parts.adapter is None:
+        raise ExportError(f"base={base} is of an adapter, and {directory} is a model of its own; leave base out")
     return load_parts(parts, device=device)
 
 

@@ -21,6 +21,7 @@ from loqt_ds.export import ExportError, adapter, check_export, check_shared_base
 from loqt_ds.export import run as run_module
 from loqt_ds.export.__main__ import main
 from loqt_ds.export.base import check_base
+from loqt_ds.generate import main as generate
 from loqt_ds.method.conversion import convert, loqt_layers
 
 peft = pytest.importorskip("peft", reason="the adapter extra is not installed")
@@ -148,6 +149,30 @@ def test_an_adapter_for_another_base_is_refused(tmp_path: Path) -> None:
     shutil.copytree(base, tmp_path / "two" / "base")
     with pytest.raises(ExportError, match="belongs to another base"):
         load_export(tmp_path / "two")
+
+
+def test_a_base_that_has_moved_is_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = llama()
+    model = trained(config)
+    export(model, config, tmp_path / "one", format="adapter")
+    other = trained(config)
+    with torch.no_grad():
+        other.model.norm.weight.add_(0.1)
+    export(other, config, tmp_path / "other", format="adapter")
+    base, own = tmp_path / "moved", tmp_path / "one" / "adapter"
+    (tmp_path / "one" / "base").rename(base)
+    with pytest.raises(ExportError, match=r"one/base of the adapter .* is not there; .*load_export\(DIR, base=BASE\)"):
+        load_export(own)
+    for directory in (own, tmp_path / "one"):
+        assert relative(logits(load_export(directory, base=base)), logits(model)) < 1e-5
+    with pytest.raises(ExportError, match=r"belongs to another base than .*other/base: model\.safetensors differs"):
+        load_export(own, base=tmp_path / "other" / "base")
+    with pytest.raises(ExportError, match="is a model of its own; leave base out"):
+        load_export(base, base=base)
+    # Both get as far as the tokenizer, which this base lacks.
+    for given in (own, tmp_path / "one"):
+        assert generate(["--model", str(base), "--adapter", str(given), "--prompt", "x"]) == 2
+        assert f"data.tokenizer={base}" in capsys.readouterr().err
 
 
 def test_requests_that_cannot_be_honoured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
