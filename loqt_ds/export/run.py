@@ -68,7 +68,7 @@ def export_model(
         output_dir: must not exist, or be empty.
         format: "nf4": 4-bit in the type the weights were trained in (nf4 or fp4; int4 and unquantized ones become
             nf4); "bf16": dense; "adapter": nothing is merged, `output_dir` gets the directories base and adapter;
-            "gguf": one file for llama.cpp.
+            "gguf": one file for llama.cpp, and the tokenizer's for others.
         masters: parameter name -> float32 tensor of the parameter's shape, used instead of it (B included).
         double_quant: store the scales in 8 bits; they then differ a little from those that were trained with.
         max_shard_size_gib: weights are split into files of at most this size.
@@ -184,7 +184,8 @@ def _write_gguf(
     *,
     verify: bool,
 ) -> None:
-    """One file; completes the report."""
+    """The file, and beside it the tokenizer for readers that are not llama.cpp: what transformers makes of the file's
+    pieces gives other ids (of sentencepiece's kind). Completes the report."""
     path = directory / gguf.FILE
     num_values = sum(t.numel() for t in expected.dense.values())
     num_values += sum(layer.out_features * layer.in_features for layer in expected.layers.values())
@@ -192,6 +193,8 @@ def _write_gguf(
     report.layers, notes = gguf.write_gguf(
         path, expected, kind=kind, tokenizer_dir=tokenizer_dir, model_name=report.output_dir.name
     )
+    assert tokenizer_dir is not None, "write_gguf refuses that"
+    writer.copy_tokenizer(tokenizer_dir, directory)
     report.notes += notes + gguf.notes_of(expected.model_config)
     report.num_bytes, report.num_shards = path.stat().st_size, 1
     if verify:

@@ -69,6 +69,15 @@ def test_an_export_writes_what_transformers_does(made: Made, capsys: pytest.Capt
     assert "ended at the 48 tokens that the model sees" in capsys.readouterr().err
 
 
+def test_a_gguf_export_writes_with_the_tokens_of_training(made: Made, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="the gguf extra is not installed")
+    export(made.model, made.config, tmp_path / "out", format="gguf", tokenizer_dir=made.words, verify=False)
+    loaded = load(tmp_path / "out", None, None, around=None, device="cpu")
+    assert loaded.opening("lazy  dogs") == made.tokenizer.encode("lazy  dogs")
+    ids = write(loaded, PROMPT, Sampling(9, 0.0, 50), seed=0)
+    assert ids == made.greedy(loaded.model, PROMPT, 9)
+
+
 def test_what_comes_is_printed_as_it_is_spelled(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
     """Token by token, characters of several bytes among them; spaces between words stay."""
     text = "the quick brown gr\u00f6\u00dfe \u6f22\u5b57\n  lazy dogs"
