@@ -46,6 +46,9 @@ CLASSES_FILE = "classes.json"
 
 # Kernels add in another order: 1e-7 in a layer in float32, 4e-3 in bf16. A wrong factor is an error of its size.
 _LAYER_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+# What PEFT refuses (`_check_lora_target_modules_mamba`), in models of which types.
+_MAMBAS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+_NOT_OF_MAMBAS = ("out_proj", "conv1d")
 LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 
@@ -86,14 +89,22 @@ def base_format(layers: Mapping[str, LoQTLinear]) -> tuple[WeightFormat, list[st
     return form, [f"the base's weights {why}: it is written dense, in {form.label}, with the values they stand for"]
 
 
-def check_layers(names: Iterable[str]) -> None:
-    """Raises ExportError for adapted matrices that PEFT has no module for."""
-    of_experts = next((name for name in names if is_expert(name)), None)
-    if of_experts is not None:
-        raise ExportError(
-            f"export.format=adapter: {of_experts} is part of a parameter of all experts, in which PEFT finds no layer; "
-            "use format=bf16, or train with a loqt.target_modules that leaves the experts out"
-        )
+def check_layers(names: Iterable[str], model_config: Any) -> None:
+    """Raises ExportError for adapted matrices that an adapter cannot be of."""
+    kind = getattr(model_config, "model_type", None)
+    for name in names:
+        if is_expert(name):
+            raise ExportError(
+                f"export.format=adapter: {name} is part of one parameter of all experts; PEFT adapts those by "
+                "target_parameters, and what is written here is an A and a B for each linear layer; use format=bf16, "
+                "or train with a loqt.target_modules that leaves the experts out"
+            )
+        if kind in _MAMBAS and name.rpartition(".")[2] in _NOT_OF_MAMBAS:
+            raise ExportError(
+                f"export.format=adapter: PEFT refuses an adapter of {name} in a model of type {kind}, whose fused "
+                "kernels read its weight past the layer; use format=bf16, or train with a loqt.target_modules that "
+                f"leaves {' and '.join(_NOT_OF_MAMBAS)} out"
+            )
 
 
 def base_of(expected: Expected) -> Expected:

@@ -95,7 +95,7 @@ def export_model(
     factors = expected.factors
     contents = Contents()
     if format == "adapter":
-        adapter.check_layers(expected.layers)
+        adapter.check_layers(expected.layers, model_config)
         expected = adapter.base_of(expected)
         contents = contents_of(model, expected, base_dir)
     report = ExportReport(
@@ -293,7 +293,7 @@ def check_export(config: Config, model: nn.Module, model_config: Any) -> None:
         return
     check_options(form, False, DEFAULT_MAX_SHARD_SIZE_GIB)
     if form == "adapter":
-        adapter.check_layers(loqt_layers(model))
+        adapter.check_layers(loqt_layers(model), model_config)
     if form == "gguf":
         gguf.check_model(model_config)
         if config.model.task != "causal_lm":

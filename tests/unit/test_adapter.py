@@ -351,7 +351,9 @@ def test_experts_have_no_adapter(tmp_path: Path) -> None:
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     small = {"num_key_value_heads": 1, "num_local_experts": 2, "vocab_size": 96, "max_position_embeddings": 32}
     model = converted(transformers.MixtralForCausalLM(transformers.MixtralConfig(**shape, **small)))
-    with pytest.raises(ExportError, match=r"experts.* PEFT finds no layer; use format=bf16, or train with"):
+    with pytest.raises(
+        ExportError, match=r"experts.* by target_parameters, and what is written .*; use format=bf16, or train with"
+    ):
         export(model, model.config, tmp_path / "out", format="adapter")
     without = converted(
         transformers.MixtralForCausalLM(transformers.MixtralConfig(**shape, **small)),
@@ -396,5 +398,12 @@ def test_what_the_end_would_refuse_is_refused_at_the_start(tmp_path: Path, monke
     ]
     assert load_config("default", shared).export.base == str(tmp_path / "base")
     gguf = load_config("default", ["export.format=gguf"])
+    with_adapter = load_config("default", ["export.format=adapter"])
+    mamba = transformers.MambaConfig(vocab_size=96, hidden_size=64, state_size=8, num_hidden_layers=1)
+    with pytest.raises(
+        ExportError, match=r"PEFT refuses an adapter of .*mixer\.out_proj in a model of type mamba, .*le"
+    ):
+        check_export(with_adapter, converted(transformers.MambaForCausalLM(mamba)), mamba)
+    check_export(with_adapter, converted(transformers.MambaForCausalLM(mamba), target_modules=["x_proj"]), mamba)
     with pytest.raises(ExportError, match="is written for llama, mistral, qwen2, and this is gpt2"):
         check_export(gguf, gpt2(), gpt2().config)
