@@ -81,14 +81,19 @@ def check_model(model_config: Any) -> None:
 
 def notes_of(model_config: Any) -> list[str]:
     """What a reader of the file will do otherwise."""
-    window = getattr(model_config, "sliding_window", None)
-    uses = getattr(model_config, "use_sliding_window", True)
-    if window is None or not uses:
+    window = _window(model_config)
+    if window is None:
         return []
     return [
         f"attention over a window of {window} tokens is not told in the file: readers attend to the whole of longer "
         "texts"
     ]
+
+
+def _window(model_config: Any) -> int | None:
+    """How many tokens attention looks back; None: at all of them."""
+    window: int | None = getattr(model_config, "sliding_window", None)
+    return window if getattr(model_config, "use_sliding_window", True) else None
 
 
 # ------------------------------------------------------------------------------------------------- writing
@@ -295,7 +300,8 @@ def verify_gguf(path: Path, expected: Expected, kind: str) -> Verification:
     for name, tensor in meant.items():
         if name not in own or not torch.equal(own[name].float(), tensor):
             raise ExportError(f"{name} is another one where transformers loads {path.name}")
-    tokens = random_tokens(expected.model_config, "cpu")
+    # As many as are attended to with a window and without.
+    tokens = random_tokens(expected.model_config, "cpu")[:, : _window(expected.model_config)]
     actual = reloaded(input_ids=tokens).logits.float()
     wanted, unrounded = (_logits(expected.model_config, tensors, tokens) for tensors in (meant, merged))
     relative = relative_difference(actual, wanted)
