@@ -402,6 +402,20 @@ def test_what_transformers_keeps_in_float32_is_written_so(kind: str, form: str, 
     assert stored["model.embed_tokens.weight"].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("form", ["bf16", "nf4"])
+def test_tables_that_have_the_dtype_of_the_model(form: str, tmp_path: Path):
+    """XGLM's positions: a buffer that no file holds, in bf16 where the model is."""
+    torch.manual_seed(0)
+    shape = dict(vocab_size=VOCAB, d_model=64, num_layers=1, attention_heads=2, ffn_dim=64, max_position_embeddings=48)
+    config = tf.XGLMConfig(**shape, pad_token_id=2, bos_token_id=0, eos_token_id=1)
+    model = tf.XGLMForCausalLM._from_config(config, dtype=torch.float32).eval()
+    convert(model, LoQTConfig(rank=4))
+    report = export_model(
+        model, model_config=config, tokenizer_dir=None, output_dir=tmp_path / "out", format=form, say=str
+    )
+    assert report.verification.logits_relative_difference < 1e-2
+
+
 @pytest.mark.parametrize("kind", ["Glm4Moe", "Lfm2Moe"])
 def test_persistent_buffers_are_read(kind: str, tmp_path: Path):
     torch.manual_seed(0)
