@@ -454,10 +454,15 @@ class LoQTEngine(DeepSpeedEngine):
         return path, checkpoint.metadata.get("client_state", {})
 
     def export(
-        self, output_dir: str | Path, format: str = "nf4", *, tokenizer_dir: str | Path | None = None
+        self,
+        output_dir: str | Path,
+        format: str = "nf4",
+        *,
+        tokenizer_dir: str | Path | None = None,
+        verify: bool = True,
     ) -> ExportReport:
         """Writes the model for others to load: "nf4", "bf16", "adapter", or "gguf" with the tokenizer's directory (a
-        model that is not of transformers: bf16).
+        model that is not of transformers: bf16). verify=False: it is not loaded again and compared.
 
         Collective: rank 0 writes and verifies, all return its report. Raises ExportError if it was refused or failed.
         """
@@ -470,6 +475,7 @@ class LoQTEngine(DeepSpeedEngine):
                 output_dir=Path(output_dir),
                 format=format,
                 masters=masters,
+                verify=verify,
             )
         )
 

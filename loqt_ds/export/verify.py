@@ -161,9 +161,12 @@ def example_inputs(model: Any, device: str) -> dict[str, Tensor]:
     elif name == "input_features" and hasattr(config, "num_mel_bins"):
         frames = 2 * config.max_source_positions
         inputs = {name: torch.randn(NUM_ROWS, config.num_mel_bins, frames, generator=draw)}
+    elif name == "input_values" and hasattr(config, "conv_kernel"):  # waves
+        inputs = {name: torch.randn(NUM_ROWS, 4000, generator=draw)}
     else:
         raise ExportError(
-            f"{type(model).__name__} reads {name}, of which nothing is known here: export without --verify"
+            f"{type(model).__name__} reads {name}, of which nothing is known here, so that no logits can be compared; "
+            "export without that (--no-verify, or verify=False)"
         )
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = tokens

@@ -1023,3 +1023,4 @@ def test_a_checkpoint_of_a_classifier_is_exported_as_one(tmp_path: Path) -> None
     assert report.loader == "AutoModelForSequenceClassification"
     loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert torch.equal(loaded.classifier.weight, engine.module.classifier.weight.bfloat16())
+    assert engine.export(tmp_path / "unverified", "bf16", verify=False).verification is None

@@ -416,6 +416,24 @@ def test_tables_that_have_the_dtype_of_the_model(form: str, tmp_path: Path):
     assert report.verification.logits_relative_difference < 1e-2
 
 
+def test_models_of_waves_are_compared_and_of_what_is_not_known_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    torch.manual_seed(0)
+    small = dict(vocab_size=32, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    conv = dict(conv_dim=(16,) * 7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2)
+    config = tf.Wav2Vec2Config(**small, **conv)
+    model = tf.Wav2Vec2ForCTC(config).eval()
+    convert(model, LoQTConfig(rank=4))
+    options = dict(model_config=config, tokenizer_dir=None, format="bf16", say=str)
+    report = export_model(model, output_dir=tmp_path / "out", **options)
+    assert report.verification.logits_relative_difference < 1e-2
+    monkeypatch.setattr(tf.Wav2Vec2ForCTC, "main_input_name", "sounds")
+    with pytest.raises(ValueError, match=r"reads sounds, .* \(--no-verify, or verify=False\)"):
+        export_model(model, output_dir=tmp_path / "two", **options)
+    export_model(model, output_dir=tmp_path / "two", verify=False, **options)
+
+
 @pytest.mark.parametrize("kind", ["Glm4Moe", "Lfm2Moe"])
 def test_persistent_buffers_are_read(kind: str, tmp_path: Path):
     torch.manual_seed(0)
