@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from loqt_ds.data import Tokenizer
 
 USAGE_ERROR = 2
+LEAST_TEMPERATURE = 1e-30  # divided by less, logits are infinite in float32
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,12 @@ def _check(options: argparse.Namespace) -> None:
     """Raises ValueError for what no model can do."""
     if options.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens={options.max_new_tokens} must be at least 1")
-    if not options.temperature >= 0:
-        raise ValueError(f"--temperature={options.temperature} must be 0 (the most probable token) or above")
+    if not (options.temperature == 0 or options.temperature >= LEAST_TEMPERATURE):
+        raise ValueError(
+            f"--temperature={options.temperature} must be 0 (the most probable token), or {LEAST_TEMPERATURE:g} or above"
+        )
+    if not -(2**63) <= options.seed < 2**63 - len(options.prompt or ()):
+        raise ValueError(f"--seed={options.seed} has more than 64 bits")
     if options.top_k < 1:
         raise ValueError(f"--top-k={options.top_k} must be at least 1")
     if options.template is not None and "{prompt}" not in options.template:
@@ -110,7 +115,13 @@ def _device(wanted: str) -> str:
 
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
+    try:
+        kind = torch.device(wanted).type
+    except RuntimeError:
+        kind = None
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"--device={wanted} is none that a model is loaded on; use auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device={wanted}: torch sees no CUDA device; use --device cpu")
     return wanted
 
@@ -119,7 +130,10 @@ def _prompts(given: list[str] | None) -> Iterator[str]:
     if given is not None:
         yield from given
     elif not sys.stdin.isatty():
-        yield sys.stdin.read()
+        try:
+            yield sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the prompt on standard input is not UTF-8 ({error}); convert it") from error
     else:
         print("a prompt, and Enter; nothing, and Enter, to end", file=sys.stderr)
         while True:
@@ -157,7 +171,7 @@ def load(
         return _load_checkpoint(model, tokenizer, around=around, device=device)
     found = _tokenizer(tokenizer or parts.model)  # before weights
     opening = _opening(around or DataConfig(), found)
-    network = _writer(load_parts(parts, device=device), str(model))
+    network = _writer(load_parts(parts, device=device), str(model), found)
     over = f" with the adapter {parts.adapter}" if parts.adapter is not None else ""
     return Loaded(network, found, opening, f"{parts.model}{over}, on {device}")
 
@@ -178,7 +192,7 @@ def _load_checkpoint(path: Path, tokenizer: Path | None, *, around: DataConfig |
         trained = DataConfig()
     opening = _opening(around or trained, words)
     return Loaded(
-        _writer(model.to(device), str(path)), words, opening, f"{found} (step {checkpoint.step}), on {device}"
+        _writer(model.to(device), str(path), words), words, opening, f"{found} (step {checkpoint.step}), on {device}"
     )
 
 
@@ -202,8 +216,8 @@ def _tokenizer(directory: Path) -> Tokenizer:
         raise ValueError(f"{told} (--tokenizer DIR takes another directory than the model's)") from error
 
 
-def _writer(model: nn.Module, name: str) -> nn.Module:
-    """The model, if it writes text."""
+def _writer(model: Any, name: str, tokenizer: Tokenizer) -> nn.Module:
+    """The model, if it writes text, and has a row for each of the tokenizer's ids."""
     can = getattr(model, "can_generate", None)
     if can is None or not can():
         raise ValueError(f"--model={name} is a {type(model).__name__}, which writes no text; give a language model")
@@ -212,7 +226,14 @@ def _writer(model: nn.Module, name: str) -> nn.Module:
             f"--model={name} is a {type(model).__name__}, which answers a text and does not continue it; give a "
             "language model without an encoder"
         )
-    return model.eval()
+    num_rows = int(model.config.get_text_config().vocab_size)
+    if tokenizer.vocab_size > num_rows:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, and --model={name} knows {num_rows}: give "
+            "the one that it was trained with as --tokenizer DIR"
+        )
+    writer: nn.Module = model.eval()
+    return writer
 
 
 # ---------------------------------------------------------------- what it writes
@@ -258,13 +279,17 @@ def _ends(model: Any, tokenizer: Tokenizer) -> list[int]:
 def write(loaded: Loaded, prompt: str, sampling: Sampling, *, seed: int) -> list[int]:
     """Prints the prompt and what the model adds, as it comes; returns the new ids.
 
-    Raises ValueError for a prompt that is empty, or longer than the model's context.
+    Raises ValueError for a prompt that is no text, or longer than the model's context.
     """
     import torch
 
     from loqt_ds.generation import only_what_is_asked
 
     model: Any = loaded.model
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # bytes that Python has let pass
+        raise ValueError(f"the prompt is not UTF-8 ({error}); convert it") from error
     ids = loaded.opening(prompt)
     if not ids:
         ids = [loaded.tokenizer.eot_id]  # what every document of the training data came after

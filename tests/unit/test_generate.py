@@ -139,10 +139,17 @@ def test_prompts_from_a_pipe_and_from_a_terminal(
 def test_an_encoder_with_a_decoder_is_refused() -> None:
     config = T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     with pytest.raises(ValueError, match="--model=DIR is a T5ForConditionalGeneration, which answers a text"):
-        _writer(T5ForConditionalGeneration(config), "DIR")
+        _writer(T5ForConditionalGeneration(config), "DIR", None)  # type: ignore[arg-type]
 
 
-def test_mistakes_are_told(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_told(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = tmp_path / "more.model"
+    more.write_bytes(train_sentencepiece(TEXT * 20, 350))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), "utf-8"))
+    assert main(["--model", str(made.export), "--device", "cpu"]) == 2
+    assert "error: the prompt on standard input is not UTF-8" in capsys.readouterr().err
     for arguments, problem in (
         (("--model", tmp_path / "no"), "is no directory; give an export"),
         (("--model", tmp_path), "holds no checkpoint"),
@@ -151,6 +158,13 @@ def test_mistakes_are_told(made: Made, tmp_path: Path, capsys: pytest.CaptureFix
         (("--model", made.checkpoint, "--adapter", tmp_path), "give the base's directory"),
         (("--model", made.export, "--template", "Q:"), "has no {prompt} in it"),
         (("--model", made.export, "--temperature", -1), "--temperature=-1.0 must be 0"),
+        (("--model", made.export, "--temperature", "1e-320"), "--temperature=1e-320 must be 0 (the most probable"),
+        (("--model", made.export, "--seed", 10**25), "has more than 64 bits"),
+        (("--model", made.export, "--prompt", "a\udcff"), "the prompt is not UTF-8"),
+        (("--model", made.export, "--tokenizer", more), "has 350 ids, and --model="),
+        (("--model", made.checkpoint, "--tokenizer", more), "has 350 ids, and --model="),
+        (("--model", made.export, "--device", "meta"), "--device=meta is none"),
+        (("--model", made.export, "--device", "banana"), "use auto, cpu, cuda or cuda:N"),
         (("--model", made.export, "--max-new-tokens", 0), "must be at least 1"),
         (("--model", made.export, "--prompt", "dog " * 60), "and the model sees 48: shorten it"),
     ):
