@@ -144,6 +144,7 @@ def _export(run: Run, trained: Evaluation, finished: Finished, say: Say) -> nn.M
         format=config.export.format,
         masters=masters,
         base_dir=None if config.export.base is None else Path(config.export.base),
+        base_option="export.base",
         generation=run.generation,
         say=say,
     )

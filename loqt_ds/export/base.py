@@ -98,32 +98,38 @@ def stored_weights(directory: Path) -> writer.WrittenWeights:
     return writer.WrittenWeights(files, weight_map)
 
 
-def contents_of(model: nn.Module, expected: Expected, base_dir: Path | None) -> Contents:
-    """What an adapter holds beside P and B, over a base of its own (None) or one that there is."""
-    return _with_modules(model, expected, set()) if base_dir is None else _compare_base(base_dir, expected, model)
+def contents_of(model: nn.Module, expected: Expected, base_dir: Path | None, *, option: str = "--base") -> Contents:
+    """What an adapter holds beside P and B, over a base of its own (None) or one that there is; `option`: by which it
+    was given, for messages."""
+    if base_dir is None:
+        return _with_modules(model, expected, set(), {}, option)
+    return _compare_base(base_dir, expected, model, option)
 
 
 @torch.no_grad()
-def _compare_base(base_dir: Path, expected: Expected, model: nn.Module) -> Contents:
+def _compare_base(base_dir: Path, expected: Expected, model: nn.Module, option: str) -> Contents:
     """What the adapter of a model must hold over this base, beside P and B: what has other values in the base.
 
     Raises ExportError if the base has other quantized weights, or other dense ones that an adapter cannot hold.
     """
-    weights = stored_weights(base_dir)
+    try:
+        weights = stored_weights(base_dir)
+    except ExportError as error:
+        raise ExportError(f"{option}={base_dir}: {error}") from error
     stored = StoredTensors(base_dir, weights.weight_map)
     for name, layer in expected.layers.items():
         problem = _other_weight(stored, name, layer, expected)
         if problem:
             raise ExportError(
-                f"--base={base_dir} is not the base of this run: {name} {problem}. Leave --base out to write a base of "
-                "its own; tasks share one where they are trained from the same model.path with loqt.schedule=never, "
+                f"{option}={base_dir} is not the base of this run: {name} {problem}. Leave {option} out to write a base "
+                "of its own; tasks share one where they are trained from the same model.path with loqt.schedule=never, "
                 "loqt.compensation_steps=1, and the same loqt.quantize_w, loqt.double_quant and train.dtype"
             )
     called = {expected.layout.dense_name(name): name for name in expected.dense}
     adapted = tuple(f"{name}.weight" for name in expected.layers)
     unknown = [name for name in stored.names if name not in called and not name.startswith(adapted)]
     if unknown:
-        raise ExportError(f"--base={base_dir} is a base of another model: it has {unknown[0]}, which this one lacks")
+        raise ExportError(f"{option}={base_dir} is a base of another model: it has {unknown[0]}, which this one lacks")
     others = {}
     for file_name, name in called.items():
         tensor = expected.dense[name]
@@ -135,11 +141,11 @@ def _compare_base(base_dir: Path, expected: Expected, model: nn.Module) -> Conte
     for name in expected.layers:
         if others.pop(f"{name}.bias", None) is not None:
             biases[name] = expected.dense[f"{name}.bias"].detach().cpu().float() - stored.get(f"{name}.bias").float()
-    return _with_modules(model, expected, {name.rpartition(".")[0] for name in others}, biases)
+    return _with_modules(model, expected, {name.rpartition(".")[0] for name in others}, biases, option)
 
 
 def _with_modules(
-    model: nn.Module, expected: Expected, modules: set[str], biases: Mapping[str, Tensor] | None = None
+    model: nn.Module, expected: Expected, modules: set[str], biases: Mapping[str, Tensor], option: str
 ) -> Contents:
     """An adapter's contents with these modules, and those that PEFT takes for a classifier's own.
 
@@ -156,7 +162,7 @@ def _with_modules(
         if inside is not None:
             raise ExportError(
                 f"parameters of {module or 'the model'} itself were trained, and {inside} is inside: an adapter cannot "
-                "hold them. Leave --base out, or train with optim.train_full_rank=false"
+                f"hold them. Leave {option} out, or train with optim.train_full_rank=false"
             )
         own = {name: t for name, t in expected.dense.items() if name.startswith(f"{module}.")}
         tensors |= {name: t.detach().to(expected.dtype_of(name)) for name, t in own.items()}
@@ -167,7 +173,7 @@ def _with_modules(
             bias = {name: tensor.detach() for name, tensor in expected.dense.items() if name == f"{tied}.bias"}
             tensors |= {f"{tied}.weight": tensors[source], **bias}
             modules = modules | {tied}
-    return Contents(tuple(sorted(modules)), tensors, biases or {})
+    return Contents(tuple(sorted(modules)), tensors, biases)
 
 
 def _heads(model: nn.Module, expected: Expected) -> set[str]:

@@ -53,6 +53,7 @@ def export_model(
     max_shard_size_gib: float = DEFAULT_MAX_SHARD_SIZE_GIB,
     verify: bool = True,
     base_dir: Path | None = None,
+    base_option: str = "--base",
     gguf_type: str = "bf16",
     generation: Mapping[str, Any] | None = None,
     source: str = "a model in memory",
@@ -75,6 +76,7 @@ def export_model(
         verify: reload with transformers (and PEFT) on the model's device, and compare.
         base_dir: with "adapter", the directory of a base that there is already: only the adapter is written, after it
             was found to be the same one.
+        base_option: by which the user gave it, for messages.
         gguf_type: with "gguf", how matrices are stored, one of `gguf.TYPES`.
         generation: what `generation_config.json` is to say; None: the model's own `generation_config`.
 
@@ -97,7 +99,7 @@ def export_model(
     if format == "adapter":
         adapter.check_layers(expected.layers, model_config)
         expected = adapter.base_of(expected)
-        contents = contents_of(model, expected, base_dir)
+        contents = contents_of(model, expected, base_dir, option=base_option)
     report = ExportReport(
         output_dir=output_dir,
         format=format,
@@ -306,10 +308,7 @@ def check_shared_base(config: Config, model: nn.Module, model_config: Any) -> No
     if config.export.format != "adapter" or config.export.base is None:
         return
     expected, _ = _expected(model, model_config, "adapter", False, {})
-    try:
-        contents_of(model, adapter.base_of(expected), Path(config.export.base))
-    except ExportError as error:
-        raise ExportError(f"export.base={config.export.base}: {error}") from error
+    contents_of(model, adapter.base_of(expected), Path(config.export.base), option="export.base")
 
 
 def check_options(
