@@ -179,9 +179,9 @@ def load(
 def _load_checkpoint(path: Path, tokenizer: Path | None, *, around: DataConfig | None, device: str) -> Loaded:
     from loqt_ds.checkpoint import load_checkpoint
     from loqt_ds.config import from_dict
-    from loqt_ds.export.run import choose_checkpoint, rebuild
+    from loqt_ds.export.run import best_or_newest, rebuild
 
-    found = choose_checkpoint(path, say=lambda text: print(text, file=sys.stderr), option="--model")
+    found = best_or_newest(path, say=lambda text: print(text, file=sys.stderr), option="--model")
     checkpoint = load_checkpoint(found, verify=False)
     if tokenizer is None and "tokenizer" not in checkpoint.manifest["directories"]:
         raise ValueError(f"{found} holds no tokenizer; give --tokenizer DIR")

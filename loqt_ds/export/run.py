@@ -263,7 +263,7 @@ def export_checkpoint(
     """
     check_options(format, double_quant, max_shard_size_gib, base_dir=base_dir, gguf_type=gguf_type, verify=verify)
     writer.refuse_existing(Path(output_dir))
-    found = choose_checkpoint(Path(checkpoint_dir), say=say, option="--checkpoint")
+    found = best_or_newest(Path(checkpoint_dir), say=say, option="--checkpoint")
     checkpoint = load_checkpoint(found, verify=False)
     model, model_config = rebuild(checkpoint)
     model.to(_device())
@@ -514,7 +514,7 @@ def _units(expected: Expected, reports: list[LayerReport]) -> list[writer.Unit]:
 # ------------------------------------------------------------------------------------------------- from a checkpoint
 
 
-def choose_checkpoint(path: Path, *, say: Say, option: str) -> Path:
+def best_or_newest(path: Path, *, say: Say, option: str) -> Path:
     """The checkpoint that a path means: of a run directory the one in `best/`, which the run itself exports, where
     there is one; else the newest that is undamaged.
 
