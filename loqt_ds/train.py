@@ -12,6 +12,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from loqt_ds.run import Run
 
 USAGE_ERROR, FAILED = 2, 1
+
+FIRST_SPEAKS_SECONDS = 30.0  # for the first process of a node, which may be importing yet, to say what is wrong
 
 
 def set_environment() -> None:
@@ -79,17 +82,53 @@ def parse(arguments: Sequence[str] | None, *, launched: bool, finetune: bool = F
         parser.add_argument("--local_rank", "--local-rank", type=int, help="given by the deepspeed launcher; not read")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="options of the recipe to change")
     with _only_the_first_speaks():
-        return parser.parse_intermixed_args(arguments)
+        try:
+            return parser.parse_intermixed_args(arguments)
+        except SystemExit as end:
+            if end.code:  # not --help
+                _let_the_first_speak()
+            raise
+
+
+# ---------------------------------------------------------------- what all processes see, told once
+
+
+def _is_first() -> bool:
+    """Whether this process speaks for those of its node, before they have met."""
+    return _num_processes() == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 @contextlib.contextmanager
 def _only_the_first_speaks() -> Iterator[None]:
-    """What all processes would print alike (a wrong command line, help) only the first does."""
-    if os.environ.get("RANK", "0") == "0":
+    """What all processes would print alike (a wrong command line, help) only the first of a node does."""
+    if _is_first():
         yield
         return
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         yield
+
+
+def _let_the_first_speak() -> None:
+    """Lets another process than the first wait before it fails: launchers end all as soon as one has failed, and it is
+    ended here, unless it fails alone."""
+    if _is_first():
+        return
+    try:
+        time.sleep(FIRST_SPEAKS_SECONDS)
+    except KeyboardInterrupt as error:
+        sys.exit(128 + _signal_of(error))
+
+
+def _refuse(problem: Exception | str) -> int:
+    """Says what is wrong, and returns the exit status. The first process of a node does so at once, another one if it
+    has not been ended: it alone has the problem."""
+    _let_the_first_speak()
+    who = "" if _is_first() else f" (rank {os.environ.get('RANK', '?')})"
+    print(f"error{who}: {problem}", file=sys.stderr)
+    return USAGE_ERROR
+
+
+# ---------------------------------------------------------------- parse, build, train, finish
 
 
 def main(arguments: Sequence[str] | None = None, *, launched: bool = False, finetune: bool = False) -> int:
@@ -111,9 +150,7 @@ def main(arguments: Sequence[str] | None = None, *, launched: bool = False, fine
             if problem is None and not several:
                 problem = _wrong_start(launched=launched, finetune=finetune)
             if problem is not None and not (deepspeed and _num_processes() > 1):
-                if os.environ.get("LOCAL_RANK", "0") == "0":  # at once: joining loads DeepSpeed
-                    print(f"error: {problem}", file=sys.stderr)
-                return USAGE_ERROR
+                return _refuse(problem)  # at once: joining loads DeepSpeed
             voice = _join(config, deepspeed=deepspeed)
         except KeyboardInterrupt as error:
             with _only_the_first_speaks():
@@ -122,9 +159,7 @@ def main(arguments: Sequence[str] | None = None, *, launched: bool = False, fine
         except Exception as error:
             if _num_processes() == 1 and not isinstance(error, ValueError | OSError):
                 raise
-            if os.environ.get("LOCAL_RANK", "0") == "0":
-                print(f"error: {_what_kept_apart(error)}", file=sys.stderr)
-            return USAGE_ERROR
+            return _refuse(_what_kept_apart(error))
         return _run(options, config, problem, voice, deepspeed=deepspeed)
 
 

@@ -256,12 +256,6 @@ def test_a_port_that_is_taken(workshop: Workshop, tmp_path: Path) -> None:
     assert "Traceback" not in done.errors
 
 
-def test_a_wrong_command_line_is_told_by_the_first(tmp_path: Path) -> None:
-    for rank, expected in ((0, True), (1, False)):
-        done = command(sys.executable, PRETRAIN, "--ds_confg", "x", cwd=tmp_path, RANK=str(rank), WORLD_SIZE="2")
-        assert done.status == 2 and ("--ds_config" in done.errors) is expected
-
-
 # ---------------------------------------------------------------- Slurm
 
 SRUN = """#!/bin/bash

@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 import json
-import socket
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from killable import free_port
 from workshop import PRETRAIN, ZERO2, Workshop, command, files_below, main
 
 from loqt_ds.config import ConfigError, load_config
 from loqt_ds.memory.division import division_of
+from loqt_ds.train import FIRST_SPEAKS_SECONDS
 
 pytestmark = pytest.mark.usefixtures("no_weights")
 
@@ -126,6 +129,55 @@ def test_options_that_fsdp_cannot_honour(
 # ---------------------------------------------------------------- the launchers themselves
 
 
+@pytest.mark.parametrize("wrong", ["--ds_confg=x", "loqt.rnak=5"])
+def test_another_process_leaves_the_first_the_time_to_speak(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("loqt_ds.train.time.sleep", waited.append)
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    first = main([wrong], deepspeed=True)
+    assert first.status == 2 and wrong.split("=")[0].split(".")[-1] in first.errors and not waited
+
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    done = main([wrong], deepspeed=True)
+    assert done.status == 2 and waited == [FIRST_SPEAKS_SECONDS]
+    if wrong.startswith("loqt"):  # nobody has ended it: the first has another recipe, where this is right
+        assert done.errors.startswith("error (rank 3): ") and "rnak" in done.errors
+
+
+def test_a_process_that_waits_is_ended_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loqt_ds.train.time.sleep", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    done = main(["loqt.rnak=5"], deepspeed=True)
+    assert (done.status, done.errors) == (128 + signal.SIGTERM, "")
+
+
+LATE = """import os, runpy, sys, time
+if os.environ["RANK"] == "0":
+    time.sleep(1.5)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"), [("fsdp.num_replicas=0", "error: fsdp.num_replicas=0"), ("--ds_confg=x", "error: unrecognized")]
+)
+def test_under_torchrun_the_first_process_may_be_late(
+    workshop: Workshop, tmp_path: Path, wrong: str, named: str
+) -> None:
+    (tmp_path / "late.py").write_text(LATE)
+    given = [wrong, *workshop.overrides(output_dir=tmp_path / "run", engine="fsdp2")]
+    launcher = ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    done = command(*launcher, tmp_path / "late.py", PRETRAIN, *given, cwd=tmp_path)
+    (message,) = [line for line in (done.output + done.errors).splitlines() if "error: " in line]
+    assert done.status != 0 and named in message
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_ranks", "arguments", "named"),
@@ -141,10 +193,7 @@ def test_options_that_fsdp_cannot_honour(
 def test_under_torchrun_one_process_says_it(
     workshop: Workshop, tmp_path: Path, num_ranks: int, arguments: list[str], named: str
 ) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    launcher = ["torchrun", "--nproc_per_node", str(num_ranks), "--master_port", port]
+    launcher = ["torchrun", "--nproc_per_node", str(num_ranks), "--master_port", str(free_port())]
     given = [*arguments, *workshop.overrides(output_dir=tmp_path / "run", loqt__rank=...)]
     if not any(argument.startswith("loqt.rank=") for argument in arguments):
         given.append("loqt.rank=16")
