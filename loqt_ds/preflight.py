@@ -18,7 +18,7 @@ from torch import nn
 
 from loqt_ds.checkpoint import Checkpoint
 from loqt_ds.config import Config, ConfigError, describe_model
-from loqt_ds.data import Tokenizer
+from loqt_ds.data import DataBundle, Tokenizer
 from loqt_ds.data.classification import class_names
 from loqt_ds.export import check_export
 from loqt_ds.memory import Asker, check_fits, device_bytes, division_of, needs_lean
@@ -79,6 +79,30 @@ def check_agreement(ranks: Ranks, config: Config, ds_options: dict[str, Any] | N
                     f"{name}={mine[name]} on rank {ranks.rank} ({socket.gethostname()}) is {other.get(name)} on rank "
                     f"{rank}; start all ranks with the same command and the same files"
                 )
+
+
+def check_same_data(ranks: Ranks, config: Config, data: DataBundle) -> None:
+    """Refuses ranks that have other data under the same options: each node reads files, and keeps a cache, of its own.
+
+    A stream's ranks are compared by its beginning.
+    """
+    host, mine = own = socket.gethostname(), data.identity
+    for rank, (other_host, other) in enumerate(ranks.gather_objects(own)):
+        different = [name for name in mine if other.get(name) != mine[name]]
+        if different:
+            details = ", ".join(f"{name} is {mine[name]}, not {other.get(name)}" for name in different)
+            raise ConfigError(
+                f"{_where_data_is(config)}: rank {ranks.rank} ({host}) has other data than rank {rank} ({other_host}): "
+                f"{details}; give all nodes the same files"
+                + (", and one tokenizer (data.tokenizer)" if "tokenizer" in different else "")
+            )
+
+
+def _where_data_is(config: Config) -> str:
+    """The options that say where."""
+    names = ("path", "name", "validation_path", "tokenizer")
+    given = {f"data.{name}": getattr(config.data, name) for name in names}
+    return ", ".join(f"{name}={value}" for name, value in given.items() if value is not None) or "data.path=null"
 
 
 # ---------------------------------------------------------------- device and dtype

@@ -47,6 +47,7 @@ from loqt_ds.preflight import (
     check_agreement,
     check_memory,
     check_options,
+    check_same_data,
     configure_model,
     resolve_activations,
     weight_source,
@@ -127,6 +128,7 @@ def prepare(
         is_first or config.data.streaming,
         lambda: build_data(config, tokenizer, rank=ranks.rank, world_size=ranks.world_size, say=say),
     )
+    check_same_data(ranks, config, data)
     if checkpoint is not None:
         compare_model(checkpoint, model_config)
         data.train.load_state_dict(checkpoint.metadata["data"])  # refuses other data, before anything is loaded

@@ -139,6 +139,11 @@ class ValidationSet:
         """How many targets a full pass has."""
         return self._rows.num_predicted
 
+    @property
+    def digest(self) -> str | None:
+        """Of all rows, where they have one (`examples.KnownRows`)."""
+        return getattr(self._rows, "digest", None)
+
     def __len__(self) -> int:
         return len(self._rows)
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from loqt_ds.data.batches import Collate, Sequence, StoredSequence, TrainBatches, ValidationSet
-from loqt_ds.data.cache import Say, cache_directory
+from loqt_ds.data.cache import Say, cache_directory, hash_of
 from loqt_ds.data.corpus import Corpus, Counts, Split, content_digest
 from loqt_ds.data.errors import DataError
 from loqt_ds.data.masking import MaskedRows, MaskedSequence, Masker, collate_masked, masker_of
@@ -38,6 +38,21 @@ class DataBundle:
     """Makes an `evaluation.Scorer` for each evaluation, where the data say how outputs are scored."""
     questions: tuple[Any, ...] = ()
     """Held-out prompts to be answered, `instruction.Question`s."""
+    content: str | None = None
+    """Of text: hash of training and held-out tokens."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What is equal where the same rows are read, by whatever way they came; JSON types."""
+        identity = dict(self.train.state_dict()["identity"])
+        if self.content is not None:
+            # The corpus of a position is that of its files, for which `datasets` takes their times too.
+            identity["corpus"] = self.content
+        return identity | {
+            "validation": self.validation.digest,
+            "num_validation_rows": len(self.validation),
+            "num_validation_targets": self.validation.num_predicted,
+        }
 
 
 def build_data(
@@ -97,7 +112,8 @@ def _stored(config: Any, corpus: Corpus, tokenizer: Tokenizer, rank: int, world_
         "vocab_size": tokenizer.vocab_size,
     }
     _say_summary(corpus, summary, say)
-    return DataBundle(_batches(config, sequence, identity, tokenizer, rank, world_size), validation, summary)
+    batches = _batches(config, sequence, identity, tokenizer, rank, world_size)
+    return DataBundle(batches, validation, summary, content=_content(store, held_out))
 
 
 def _streamed(config: Any, corpus: Corpus, tokenizer: Tokenizer, rank: int, world_size: int, say: Say) -> DataBundle:
@@ -143,7 +159,7 @@ def _streamed(config: Any, corpus: Corpus, tokenizer: Tokenizer, rank: int, worl
     }
     _say_summary(corpus, summary, say)
     batches = _batches(config, _masked(sequence(), config, masker), identity, tokenizer, rank, world_size)
-    return DataBundle(batches, validation, summary)
+    return DataBundle(batches, validation, summary, content=_content(beginning, held_out))
 
 
 def _streamed_amount(sequence: StreamSequence, enough: int, packing: str) -> int:
@@ -255,6 +271,10 @@ def _identity(config: Any, tokenizer: Tokenizer) -> dict[str, Any]:
         "streaming": data.streaming,
         "seed": config.train.seed,
     }
+
+
+def _content(train: TokenStore, held_out: TokenStore) -> str:
+    return hash_of([train.digest, held_out.digest])
 
 
 def _rows_needed(config: Any, world_size: int) -> int:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from loqt_ds.data.tokenizer import Tokenizer
 
 _CHUNK_CHARACTERS = 1 << 20  # what one call of the tokenizer's threads gets
 _SAY_EVERY_SECONDS = 5.0
+_NUM_HASHED = 1 << 16
 _VERSION = 1
 
 
@@ -33,6 +35,14 @@ class TokenStore:
     offsets: NDArray[np.int64]
     counts: NDArray[np.int64]
     met: Counts
+
+    @property
+    def digest(self) -> str:
+        """Hash of how often each token occurs and of the first tokens, which tells other content apart without reading
+        all of it."""
+        found = hashlib.sha256(self.counts.tobytes())
+        found.update(self.tokens[:_NUM_HASHED].tobytes())
+        return found.hexdigest()[:32]
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger[Any]]:

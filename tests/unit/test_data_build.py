@@ -12,14 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import as_ranks
 
-from loqt_ds.config import Config, DataConfig, EvalConfig, TrainConfig
+from loqt_ds.config import Config, ConfigError, DataConfig, EvalConfig, TrainConfig
 from loqt_ds.data import DataBundle, Tokenizer, build_data, load_tokenizer
 from loqt_ds.data import streaming as streaming_module
 from loqt_ds.data.corpus import Corpus
 from loqt_ds.data.errors import DataError
 from loqt_ds.data.packing import IGNORED
 from loqt_ds.data.tokenizer import SentencePieceTokenizer, train_sentencepiece
+from loqt_ds.preflight import check_same_data
+from loqt_ds.ranks import Ranks
 
 WORDS = ["alpha", "beta", "gamma", "delta", "  indented", "new\nline", "caf\u00e9", "\U0001f600", "x = 1"]
 
@@ -270,6 +273,47 @@ def test_resume_with_other_options_is_refused(tmp_path: Path, tokenizer: Tokeniz
     state = build(make_config(tmp_path), tokenizer).train.state_dict()
     with pytest.raises(DataError, match=r"sequence_length was 16, is 32"):
         build(make_config(tmp_path, sequence_length=32), tokenizer).train.load_state_dict(state)
+
+
+# ---------------------------------------------------------------- nodes with files of their own
+
+
+def check(configs: list[Config], tokenizers: list[Tokenizer]) -> None:
+    """What `prepare` does with the data of its ranks, each of which is a node."""
+
+    def member(ranks: Ranks) -> None:
+        config = configs[ranks.rank]
+        bundle = build(config, tokenizers[ranks.rank], rank=ranks.rank, world_size=ranks.world_size)
+        check_same_data(ranks, config, bundle)
+
+    as_ranks(len(configs), member)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_nodes_that_read_other_data_are_refused(tmp_path: Path, tokenizer: Tokenizer, streaming: bool) -> None:
+    texts = texts_of(120)
+    configs = []
+    for name, kept in (("a", texts), ("b", texts), ("c", [*texts[:-1], texts[-1] + " alpha"])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in kept))
+        configs.append(make_config(tmp_path / name, streaming=streaming))
+    same, copied, other = configs
+    check([same, copied], [tokenizer] * 2)
+    with pytest.raises(ConfigError, match=r"corpus.jsonl: rank \d .* than rank \d .*: corpus is .*the same files"):
+        check([same, copied, other], [tokenizer] * 3)
+    trained = SentencePieceTokenizer(train_sentencepiece(texts_of(300, seed=8), 340), "test", trained_here=True)
+    with pytest.raises(ConfigError, match=r"tokenizer is .*one tokenizer \(data.tokenizer\)"):
+        check([same, copied], [tokenizer, trained])
+
+
+def test_copies_that_are_only_newer_are_the_same_data(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`datasets` makes fingerprints of a directory's files from their times too."""
+    prints = iter(range(1000))
+    monkeypatch.setattr("loqt_ds.data.sources.FileSource.fingerprint", lambda *_: str(next(prints)))
+    config = make_config(tmp_path)
+    check([config, config], [tokenizer] * 2)
 
 
 def test_large_vocabularies_take_four_bytes(real_data: Path, tmp_path: Path) -> None:

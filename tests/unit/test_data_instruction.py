@@ -354,6 +354,16 @@ def test_what_is_left_out_is_counted_and_told(tmp_path: Path) -> None:
     assert kept.summary["num_too_long"] == kept.summary["num_validation_too_long"] == 0
 
 
+def test_held_out_rows_have_their_part_in_the_identity(tmp_path: Path) -> None:
+    """By which nodes with other files are told apart."""
+    train, held_out = write(tmp_path / "train.jsonl", rows(20)), write(tmp_path / "held_out.jsonl", rows(4, seed=1))
+    first, _ = build(config(train, held_out))
+    again, _ = build(config(train, held_out), rank=1, world_size=2)
+    assert first.identity == again.identity
+    other, _ = build(config(train, write(tmp_path / "other.jsonl", rows(4, seed=2))))
+    assert "validation" in {name for name in first.identity if first.identity[name] != other.identity[name]}
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_ranks_and_resumption_follow_one_sequence(tmp_path: Path, world_size: int) -> None:
     write(tmp_path / "train.jsonl", rows(23))
