@@ -34,7 +34,7 @@ from loqt_ds.method.conversion import (
     unpack_experts,
 )
 from loqt_ds.method.description import model_description, training_dtype
-from loqt_ds.method.structure import blocks
+from loqt_ds.method.structure import blocks, is_in
 from loqt_ds.ranks import Ranks
 from loqt_ds.rundir import flatten
 
@@ -186,7 +186,18 @@ def _check_shardable(config: Config, model: nn.Module) -> None:
                 f"engine=fsdp2: {name} is one number, which has no rows to divide; use DeepSpeed (--ds_config) or "
                 "one device"
             )
-    if config.fsdp.shard_frozen and not blocks(model, loqt_layers(model)):
+    units = blocks(model, loqt_layers(model))
+    names: dict[int, list[str]] = {}  # of each parameter
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for same in (same for same in names.values() if len(same) > 1):
+        if len({next((unit for unit in units if is_in(name, (unit,))), None) for name in same}) > 1:
+            # Of what does not divide evenly, fully_shard has a copy for each, of which one would be updated.
+            raise ConfigError(
+                f"engine=fsdp2: {same[0]} and {same[-1]} are one parameter of two blocks, each of which is sharded by "
+                "itself; use DeepSpeed (--ds_config) or one device"
+            )
+    if config.fsdp.shard_frozen and not units:
         raise ConfigError(
             f"fsdp.shard_frozen=true: {type(model).__name__} has no list of blocks with adapted matrices, so that all "
             "bytes would be gathered for the whole step; set fsdp.shard_frozen=false"

@@ -257,10 +257,21 @@ def build_model(
     return materialize(model, loqt, source, device=device, dtype=dtype, ranks=ranks, shard=shard)
 
 
-def _fill(made: nn.Module, tensors: dict[str, Tensor], device: torch.device, *, is_tied: bool) -> None:
-    """Gives an empty module its own tensors, as the source gives them; a tied head's weight is the embedding's."""
-    if is_tied:
-        tensors.pop("weight", None)
+def _repeated(model: nn.Module, tied: nn.Module | None) -> dict[str, set[str]]:
+    """Module -> those of its own parameters that a module before it has: they are drawn, or read, under their first
+    name, by however many ranks and in whatever order that is done."""
+    seen: set[int] = set()
+    names: dict[str, set[str]] = {}
+    for name, module in model.named_modules():
+        own = dict(own_parameters(module, tied))
+        every = module.named_parameters(recurse=False)
+        names[name] = {short for short, parameter in every if short not in own or id(parameter) in seen}
+        seen |= {id(parameter) for parameter in own.values()}
+    return names
+
+
+def _fill(made: nn.Module, tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Gives an empty module its own tensors, as the source gives them."""
     if isinstance(made, LoQTLinear):
         weight = tensors["weight"].to(device).float()
         made.set_w(quantize(weight.t().contiguous() if made.is_stored_transposed else weight, made.spec_w))
@@ -316,6 +327,7 @@ def materialize(
 
     linears, weights = ranks.attempt(prepare)
     tied = tied_head(model)
+    repeated = _repeated(model, tied)
     shared: dict[int, nn.Parameter] = {}  # by the parameter on the meta device
 
     def empty(name: str, module: nn.Module) -> nn.Module:
@@ -340,10 +352,12 @@ def materialize(
         tensors = ranks.attempt(lambda own=own: weights.module(*own) if own is not None else {})  # type: ignore[misc]
         made = [(name, empty(name, module)) for name, module in batch]
         if own is not None:
-            _fill(made[ranks.rank][1], tensors, device, is_tied=made[ranks.rank][1] is tied)
+            name, module = made[ranks.rank]
+            _fill(module, {short: t for short, t in tensors.items() if short not in repeated[name]}, device)
         del tensors  # before the next is there
         for owner, (name, module) in enumerate(made):
-            for tensor in (*_stored(module), *(p.data for _, p in own_parameters(module, tied))):
+            own_once = [p.data for short, p in own_parameters(module, tied) if short not in repeated[name]]
+            for tensor in (*_stored(module), *own_once):
                 ranks.broadcast(tensor, owner)
             if name in linears:
                 _replace(model, name, module)

@@ -126,6 +126,28 @@ def test_options_that_fsdp_cannot_honour(
     refuse(workshop, tmp_path, *named, launched=True, engine="fsdp2", **changes)
 
 
+def test_blocks_that_share_parameters_are_not_sharded(workshop: Workshop, tmp_path: Path) -> None:
+    """fully_shard would keep copies of them, of which one is updated."""
+    shape = {
+        "model_type": "zamba2",
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "mamba_d_state": 8,
+        "mamba_headdim": 16,
+        "n_mamba_heads": 8,
+        "mamba_ngroups": 1,
+        "num_mem_blocks": 1,
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+    }
+    (tmp_path / "zamba2.json").write_text(json.dumps(shape))
+    named = ("engine=fsdp2", "layers.1.", "layers.3.", "one parameter of two blocks", "--ds_config")
+    changes = {"engine": "fsdp2", "model__shape": tmp_path / "zamba2.json"}
+    refuse(workshop, tmp_path / "runs", *named, launched=True, **changes)
+
+
 # ---------------------------------------------------------------- the launchers themselves
 
 

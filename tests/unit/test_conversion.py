@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import VOCAB, dense_state, llama_config, relative, token_batch
+from helpers import VOCAB, as_ranks, dense_state, llama_config, relative, token_batch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -36,6 +36,7 @@ from loqt_ds.method.conversion import (
     convert,
     initializer,
     loqt_layers,
+    materialize,
     target_linears,
 )
 from loqt_ds.method.linear import LoQTLinear
@@ -255,6 +256,30 @@ def test_weights_depend_on_seed_and_name_only():
     assert not torch.equal(a["model.embed_tokens.weight"], c["model.embed_tokens.weight"])
     assert not torch.equal(a["model.layers.0.mlp.up_proj.w_codes"], c["model.layers.0.mlp.up_proj.w_codes"])
     assert not torch.equal(a["model.layers.0.mlp.up_proj.w_codes"], a["model.layers.1.mlp.up_proj.w_codes"])
+
+
+class Sharing(nn.Module):
+    """A weight that three modules have, which ranks of one round and of another come to, and a linear to adapt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.between, self.last = (nn.Linear(12, 12) for _ in range(4))
+        self.other.weight = self.last.weight = self.one.weight
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_what_is_shared_is_drawn_under_its_first_name_by_any_number_of_ranks(world_size):
+    def make(ranks):
+        with torch.device("meta"):
+            net = Sharing()
+        model, source = materialize(net, LoQTConfig(**DENSE), initializer(5), ranks=ranks)
+        return model, source.module("one", nn.Linear(12, 12, device="meta"))["weight"]
+
+    for model, drawn in as_ranks(world_size, make):
+        assert model.one.weight is model.other.weight and model.one.weight is model.last.weight
+        assert torch.equal(model.one.weight, drawn)
+        biases = [getattr(model, name).bias for name in ("one", "other", "last")]
+        assert not any(torch.equal(biases[0], bias) for bias in biases[1:])
 
 
 def test_drawing_weights_leaves_the_random_state_of_every_device_alone(monkeypatch):
