@@ -196,7 +196,7 @@ def plan(
         num_adapted=sum(layer.in_features * layer.out_features for layer in layers),
         num_trained=sum(parameter.numel() for parameter in facts.trained),
         num_tokens=config.train.micro_batch_size * config.data.sequence_length,
-        notes=facts.notes + _notes(config),
+        notes=facts.notes + _notes(config, division),
     )
 
 
@@ -219,14 +219,20 @@ def _reinit_bytes(config: Config, facts: Facts, division: Division) -> dict[str,
     }
 
 
-def _notes(config: Config) -> list[str]:
-    steps = config.train.gradient_accumulation_steps
-    if not config.optim.layerwise or steps == 1:
-        return []
-    return [
-        f"optim.layerwise with train.gradient_accumulation_steps={steps} keeps a gradient of every parameter between "
-        "micro-batches"
-    ]
+def _notes(config: Config, division: Division) -> list[str]:
+    """What options do that may not be what was meant."""
+    notes, steps = [], config.train.gradient_accumulation_steps
+    if config.optim.layerwise and steps > 1:
+        notes.append(
+            f"optim.layerwise with train.gradient_accumulation_steps={steps} keeps a gradient of every parameter "
+            "between micro-batches"
+        )
+    if config.fsdp.shard_frozen and not division.frozen:
+        ranks, replicas = division.world_size, config.fsdp.num_replicas
+        alone = f"each of {ranks} ranks is a group of its own (fsdp.num_replicas={replicas})"
+        alone = alone if ranks > 1 else "there is one rank"
+        notes.append(f"fsdp.shard_frozen=true shards nothing: {alone}, and has W and P whole")
+    return notes
 
 
 def _dequantized_bytes(config: Config, facts: Facts) -> int:

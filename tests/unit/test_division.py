@@ -4,7 +4,9 @@ and stepped by bitsandbytes."""
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes
@@ -18,6 +20,7 @@ from loqt_ds.config import Config, ConfigError, load_config
 from loqt_ds.memory import GIB, Asker, Division, MemoryPlan, division_of, plan
 from loqt_ds.memory.command import main
 from loqt_ds.memory.division import rows_share, touched
+from loqt_ds.preflight import check_memory
 
 RANK, VOCABULARY = 20, 331
 ZERO2 = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 500, "overlap_comm": True}}
@@ -223,6 +226,21 @@ def test_groups_that_hold_everything_divide_among_themselves(shape: str) -> None
     assert division_of(config, world_size=2).frozen is False
     with pytest.raises(ConfigError, match=r"fsdp.num_replicas=2.*3 ranks"):
         division_of(config, world_size=3)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "replicas", "words"),
+    [(1, 1, "there is one rank"), (4, 4, "each of 4 ranks .*fsdp.num_replicas=4"), (4, 2, None)],
+)
+def test_nothing_to_shard_is_said(shape: str, ranks: int, replicas: int, words: str | None) -> None:
+    config = configured(shape, "engine=fsdp2", "fsdp.shard_frozen=true", f"fsdp.num_replicas={replicas}")
+    asker = Asker(config, vocab_size=VOCABULARY, world_size=ranks)
+    notes = [note for note in asker.plan().notes if "shard_frozen" in note]
+    assert len(notes) == (words is not None)
+    assert words is None or re.search(f"shards nothing: {words}", notes[0])
+    told: list[str] = []
+    check_memory(config, SimpleNamespace(vocab_size=VOCABULARY), torch.device("cpu"), None, ranks, say=told.append)
+    assert [line for line in told if "shard_frozen" in line] == notes
 
 
 def test_ranks_hold_less_the_more_there_are(shape: str) -> None:
