@@ -1,9 +1,10 @@
 """`python -m loqt_ds.generate --model DIR`: text from what was trained, for a look at it.
 
 DIR is an export (nf4, bf16, base and adapter, or gguf), a run directory (its best checkpoint, where it has kept one,
-else its newest), or a checkpoint of it (`step_N`). `--adapter` takes an adapter over the base DIR. Without `--prompt`, a
-terminal is asked for prompts one by one, and anything else is read to its end as one prompt. A run that was trained on
-prompts and responses sees a prompt as its training did; for exports, `--template` or `--chat` says what comes around it.
+else its newest), or a checkpoint of it (`step_N`). `--adapter` takes an adapter over the base DIR. Without
+`--prompt`, a terminal is asked for prompts one by one, and anything else is read to its end as one prompt. A run that
+was trained on prompts and responses sees a prompt as its training did; for exports, `--template` or `--chat` says
+what comes around it.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--max-new-tokens={options.max_new_tokens} must be at least 1")
     if not (options.temperature == 0 or options.temperature >= LEAST_TEMPERATURE):
         raise ValueError(
-            f"--temperature={options.temperature} must be 0 (the most probable token), or {LEAST_TEMPERATURE:g} or above"
+            f"--temperature={options.temperature} must be 0 (the most probable token), or at least "
+            f"{LEAST_TEMPERATURE:g}"
         )
     if not -(2**63) <= options.seed < 2**63 - len(options.prompt or ()):
         raise ValueError(f"--seed={options.seed} has more than 64 bits")

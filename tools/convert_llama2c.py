@@ -32,8 +32,8 @@ from loqt_ds.data.tokenizer import Tokenizer, load_tokenizer
 from loqt_ds.export.writer import (
     Unit,
     complete_or_nothing,
-    refuse_existing,
     generation_defaults,
+    refuse_existing,
     write_configuration,
     write_weights,
 )

@@ -445,8 +445,8 @@ def _repacked_note(expected: Expected) -> list[str]:
     return [
         "with AVX512-BF16, as this CPU has it, bitsandbytes computes 4-bit layers in bf16, whatever the model's dtype "
         "(logits then differ by about 5e-3), and fails where in_features do not divide by 64 or out_features by 32; "
-        "what was compared was computed without that. loqt_ds.export.load_export loads without it too, and so does transformers after "
-        "`import bitsandbytes; bitsandbytes.nn.modules.has_avx512bf16 = lambda: False`"
+        "what was compared was computed without that. loqt_ds.export.load_export loads without it too, and so does "
+        "transformers after `import bitsandbytes; bitsandbytes.nn.modules.has_avx512bf16 = lambda: False`"
     ]
 
 

@@ -346,7 +346,7 @@ class _Reference:
         self._device = torch.device(device)
         self._merged = merged
         dtype = torch.float32 if merged else expected.weight_format.dtype
-        # Tables that are made with the model, such as XGLM's positions, are then of the dtype that they are reloaded in.
+        # Tables that are made with the model, such as XGLM's positions, are then of the dtype they are reloaded in.
         model = empty_of(expected.model_class, expected.model_config, dtype=dtype)
         experts.unpack(model, expected.layers.__contains__)
         for name in expected.layers:
