@@ -122,8 +122,9 @@ def _compare_base(base_dir: Path, expected: Expected, model: nn.Module, option: 
         if problem:
             raise ExportError(
                 f"{option}={base_dir} is not the base of this run: {name} {problem}. Leave {option} out to write a "
-                "base of its own; tasks share one where they are trained from the same model.path with loqt.schedule=never, "
-                "loqt.compensation_steps=1, and the same loqt.quantize_w, loqt.double_quant and train.dtype"
+                "base of its own; tasks share one where they are trained from the same model.path with "
+                "loqt.schedule=never, loqt.compensation_steps=1, and the same loqt.quantize_w, loqt.double_quant and "
+                "train.dtype"
             )
     called = {expected.layout.dense_name(name): name for name in expected.dense}
     adapted = tuple(f"{name}.weight" for name in expected.layers)
