@@ -20,6 +20,7 @@ from loqt_ds.export import export_model, load_export
 from loqt_ds.generation import answer_greedily, only_what_is_asked
 from loqt_ds.memory import Division, plan
 from loqt_ds.method.conversion import TASKS, loqt_layers
+from loqt_ds.method.description import num_positions
 from loqt_ds.run import Run
 from loqt_ds.trainer import ticker
 
@@ -199,17 +200,18 @@ def sample(
 
 
 def _say_samples(run: Run, model: nn.Module, say: Say) -> None:
-    """Continuations of the first tokens of held-out rows; of questions, the answers. No longer than the model sees."""
+    """Continuations of the first tokens of held-out rows, or answers to questions that leave room for them: never more
+    than the model sees."""
     options, tokenizer, device = run.config.eval, run.tokenizer, next(model.parameters()).device
-    longest = getattr(run.model_config, "max_position_embeddings", None) or sys.maxsize
+    longest = num_positions(run.model_config) or sys.maxsize
     say("")
     if run.data.questions:
-        fitting = [question.prompt for question in run.data.questions if len(question.prompt) < longest]
-        prompts = fitting[: options.num_samples]
+        room = longest - options.sample_tokens
+        prompts = [q.prompt for q in run.data.questions if len(q.prompt) <= room][: options.num_samples]
         made = answer_greedily(
             model,
             prompts,
-            max_new_tokens=min([options.sample_tokens, *(longest - len(prompt) for prompt in prompts)]),
+            max_new_tokens=options.sample_tokens,
             batch_size=1,
             eot_id=tokenizer.eot_id,
             pad_id=tokenizer.pad_id,

@@ -13,7 +13,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +102,7 @@ def _check(options: argparse.Namespace) -> None:
             f"--temperature={options.temperature} must be 0 (the most probable token), or at least "
             f"{LEAST_TEMPERATURE:g}"
         )
-    if not -(2**63) <= options.seed < 2**63 - len(options.prompt or ()):
+    if not -(2**63) <= options.seed < 2**64 - len(options.prompt or ()):
         raise ValueError(f"--seed={options.seed} has more than 64 bits")
     if options.top_k < 1:
         raise ValueError(f"--top-k={options.top_k} must be at least 1")
@@ -179,6 +179,8 @@ def load(
 
 
 def _load_checkpoint(path: Path, tokenizer: Path | None, *, around: DataConfig | None, device: str) -> Loaded:
+    from transformers import GenerationConfig
+
     from loqt_ds.checkpoint import load_checkpoint
     from loqt_ds.config import from_dict
     from loqt_ds.export.run import best_or_newest, rebuild
@@ -189,9 +191,14 @@ def _load_checkpoint(path: Path, tokenizer: Path | None, *, around: DataConfig |
         raise ValueError(f"{found} holds no tokenizer; give --tokenizer DIR")
     words = _tokenizer(tokenizer or checkpoint.directory("tokenizer"))
     model, _ = rebuild(checkpoint)
+    if checkpoint.metadata.get("generation") and hasattr(model, "generation_config"):
+        model.generation_config = GenerationConfig.from_dict(checkpoint.metadata["generation"])  # type: ignore[assignment]
     trained = from_dict(checkpoint.metadata["config"], source=str(found)).data
     if trained.format != "instruction":
         trained = DataConfig()
+    elif trained.chat_template is not None and not Path(trained.chat_template).is_file():
+        # The checkpoint's tokenizer has it, if it is not older than that.
+        trained = replace(trained, chat_template=None, messages_field=trained.messages_field or "messages")
     opening = _opening(around or trained, words)
     return Loaded(
         _writer(model.to(device), str(path), words), words, opening, f"{found} (step {checkpoint.step}), on {device}"
@@ -286,6 +293,7 @@ def write(loaded: Loaded, prompt: str, sampling: Sampling, *, seed: int) -> list
     import torch
 
     from loqt_ds.generation import only_what_is_asked
+    from loqt_ds.method.description import num_positions
 
     model: Any = loaded.model
     try:
@@ -295,7 +303,7 @@ def write(loaded: Loaded, prompt: str, sampling: Sampling, *, seed: int) -> list
     ids = loaded.opening(prompt)
     if not ids:
         ids = [loaded.tokenizer.eot_id]  # what every document of the training data came after
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = num_positions(model.config.get_text_config())
     if longest is not None and len(ids) >= longest:
         raise ValueError(f"the prompt has {len(ids)} tokens, and the model sees {longest}: shorten it")
     num_tokens = sampling.max_new_tokens if longest is None else min(sampling.max_new_tokens, longest - len(ids))

@@ -40,7 +40,7 @@ def final_number(text: str) -> Decimal | None:
     """The first number after the last `####`, whole: commas are dropped wherever they are, spaces and apostrophes
     between groups of three digits; None where there is none."""
     _, mark, after = text.rpartition(MARK)
-    found = _NUMBER.search(after) if mark else None
+    found = _NUMBER.search(re.sub(r"\s{3,}", "  ", after)) if mark else None
     if found is None:
         return None
     *signs, digits = found.groups()

@@ -33,7 +33,7 @@ from loqt_ds.method.conversion import (
     loqt_layers,
     unpack_experts,
 )
-from loqt_ds.method.description import model_description, training_dtype
+from loqt_ds.method.description import model_description, num_positions, training_dtype
 from loqt_ds.method.structure import blocks, is_in
 from loqt_ds.ranks import Ranks
 from loqt_ds.rundir import flatten
@@ -86,6 +86,8 @@ def check_same_data(ranks: Ranks, config: Config, data: DataBundle) -> None:
 
     A stream's ranks are compared by its beginning.
     """
+    if ranks.world_size == 1:
+        return
     host, mine = own = socket.gethostname(), data.identity
     for rank, (other_host, other) in enumerate(ranks.gather_objects(own)):
         different = [name for name in mine if other.get(name) != mine[name]]
@@ -159,6 +161,12 @@ def check_model(config: Config, world_size: int = 1) -> None:
     if description.get("quantization_config"):
         raise ConfigError(f"model.path={config.model.path}: {file} says it is quantized already; give full precision")
     model_config = model_description(config)
+    longest, name = num_positions(model_config), "max_position_embeddings"
+    if longest is not None and config.data.sequence_length > longest:  # by another name than validation knows
+        raise ConfigError(
+            f"data.sequence_length={config.data.sequence_length} is more than "
+            f"{model_config.attribute_map.get(name, name)}={longest} of {file}; use at most {longest}"
+        )
     options = {"attention": config.model.attention, "task": config.model.task}
     model = build_meta(model_config, config.loqt, dtype=training_dtype(config), **options)
     check_experts(config.loqt, (n for n, layer in loqt_layers(model).items() if layer.is_conditional), world_size)

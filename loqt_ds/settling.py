@@ -17,6 +17,7 @@ from loqt_ds.data import DataBundle, Tokenizer
 from loqt_ds.evaluation import Evaluator
 from loqt_ds.export.writer import generation_defaults, read_generation, with_end
 from loqt_ds.gsm8k import ExactMatch, check_references
+from loqt_ds.method.description import num_positions
 
 Say = Callable[[str], None]
 
@@ -49,7 +50,8 @@ def resolve_steps(
 def resolve_generation(config: Config, tokenizer: Tokenizer, model_config: Any) -> dict[str, Any]:
     """What `generation_config.json` of an export says: what the source checkpoint's does, with the token that ended
     documents and responses in training among those that end a text. Raises ExportError where it cannot be read."""
-    source = None if config.model.path is None else read_generation(Path(config.model.path))
+    generates = config.model.task == "causal_lm"
+    source = read_generation(Path(config.model.path)) if generates and config.model.path is not None else None
     return with_end(generation_defaults(model_config) if source is None else source, tokenizer.eot_id)
 
 
@@ -68,7 +70,7 @@ def build_evaluator(
             device,
             batch_size,
             options.max_new_tokens,
-            getattr(model_config, "max_position_embeddings", None),
+            num_positions(model_config),
         )
         say(f"eval.metric=exact_match: {len(answers.questions)} of {len(data.questions)} held-out prompts are answered")
         if answers.num_without_room:

@@ -95,7 +95,7 @@ def parse(arguments: Sequence[str] | None, *, launched: bool, finetune: bool = F
 
 def _is_first() -> bool:
     """Whether this process speaks for those of its node, before they have met."""
-    return _num_processes() == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
+    return _num_processes() == 1 or os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
 
 
 @contextlib.contextmanager

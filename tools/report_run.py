@@ -18,7 +18,7 @@ from typing import Any
 from compare_run import write_whole
 from plot_run import Curves, draw, read_curves
 
-from loqt_ds.config import Config, load_config
+from loqt_ds.config import Config, from_dict, read_yaml
 
 Event = dict[str, Any]
 
@@ -54,8 +54,9 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def chosen_options(directory: Path) -> dict[str, Any]:
     """Options of the run that are not the defaults; of a path, its name."""
     default = dict(flat(Config().to_dict()))
+    written = from_dict(read_yaml(directory / "config.yaml"), source="config.yaml")
     chosen = {}
-    for name, value in flat(load_config(directory / "config.yaml").to_dict()):
+    for name, value in flat(written.to_dict()):
         if value == default[name]:
             continue
         path = isinstance(value, str) and Path(value).is_absolute()
@@ -112,7 +113,7 @@ def verification(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     report = json.loads(path.read_text())
-    parts = {"": report.get("verification", {}), "adapter ": report.get("adapter", {})}
+    parts = {"": report.get("verification") or {}, "adapter ": report.get("adapter") or {}}
     found = {p + k: v for p, part in parts.items() for k, v in part.items() if k.endswith("relative_difference")}
     return found | {"bytes": report["num_bytes"]}
 

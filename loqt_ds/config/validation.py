@@ -553,7 +553,7 @@ def describe_model(config: Config) -> tuple[Path, dict[str, Any]]:
         content = json.loads(file.read_text(encoding="utf-8"), object_hook=_special_float)
     except OSError as error:
         raise ConfigError(f"{option}: {file} cannot be read ({error.strerror}); give a transformers config") from error
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+    except (ValueError, TypeError) as error:  # JSONDecodeError, UnicodeDecodeError, what is no float
         raise ConfigError(f"{option}: {file} is not valid JSON ({error})") from error
     if not isinstance(content, dict) or "model_type" not in content:
         raise ConfigError(f"{option}: {file} has no model_type; it is not a transformers config")
@@ -567,13 +567,12 @@ def _special_float(content: dict[str, Any]) -> Any:
 
 def _check_description(config: Config) -> None:
     file, content = describe_model(config)
-    for name in ("max_position_embeddings", "n_positions"):
-        longest = content.get(name)
-        if isinstance(longest, int) and config.data.sequence_length > longest:
-            raise ConfigError(
-                f"data.sequence_length={config.data.sequence_length} is more than {name}={longest} of {file}; use at "
-                f"most {longest}"
-            )
+    longest = content.get("max_position_embeddings")
+    if isinstance(longest, int) and config.data.sequence_length > longest > 0:
+        raise ConfigError(
+            f"data.sequence_length={config.data.sequence_length} is more than max_position_embeddings={longest} of "
+            f"{file}; use at most {longest}"
+        )
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
         value = content.get(name)
         if isinstance(value, int) and value < 1:

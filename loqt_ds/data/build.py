@@ -47,7 +47,7 @@ class DataBundle:
         identity = dict(self.train.state_dict()["identity"])
         if self.content is not None:
             # The corpus of a position is that of its files, for which `datasets` takes their times too.
-            identity["corpus"] = self.content
+            return identity | {"corpus": self.content, "num_validation_rows": len(self.validation)}
         return identity | {
             "validation": self.validation.digest,
             "num_validation_rows": len(self.validation),

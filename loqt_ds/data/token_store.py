@@ -38,10 +38,11 @@ class TokenStore:
 
     @property
     def digest(self) -> str:
-        """Hash of how often each token occurs and of the first tokens, which tells other content apart without reading
-        all of it."""
+        """Hash of how often each token occurs, where documents begin, and the first and last tokens: it tells other
+        content apart without reading all of it."""
         found = hashlib.sha256(self.counts.tobytes())
-        found.update(self.tokens[:_NUM_HASHED].tobytes())
+        for part in (self.offsets, self.tokens[:_NUM_HASHED], self.tokens[-_NUM_HASHED:]):
+            found.update(part.tobytes())
         return found.hexdigest()[:32]
 
 

@@ -515,16 +515,21 @@ def _units(expected: Expected, reports: list[LayerReport]) -> list[writer.Unit]:
 
 
 def best_or_newest(path: Path, *, say: Say, option: str) -> Path:
-    """The checkpoint that a path means: of a run directory the one in `best/`, which the run itself exports, where
-    there is one; else the newest that is undamaged.
+    """The checkpoint that a path means: of a run directory whose run keeps the best, and exports it, that one; else the
+    newest that is undamaged.
 
     Raises CheckpointError where there is none, naming `option`.
     """
     best = path / "best"
-    if best.is_dir() and any(best.glob("step_*")):
-        say(f"{option}={path} has kept its best checkpoint, which is taken; its newest is in {path / 'checkpoints'}")
-        path = best
-    found = find_checkpoint(path, str(path), say=say, option=option)
+    has_best = best.is_dir() and any(best.glob("step_*"))
+    newest = None
+    if not has_best or any((path / "checkpoints").glob("step_*")):
+        newest = find_checkpoint(path, str(path), say=say, option=option)
+        assert newest is not None, "a path either holds a checkpoint or raises"
+        if not has_best or not load_checkpoint(newest, verify=False).metadata["config"]["checkpoint"].get("best"):
+            return newest
+    say(f"{option}={path} keeps its best checkpoint, which is taken; its newest is in {path / 'checkpoints'}")
+    found = find_checkpoint(best, str(best), say=say, option=option)
     assert found is not None, "a path either holds a checkpoint or raises"
     return found
 

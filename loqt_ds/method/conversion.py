@@ -13,7 +13,7 @@ Linears are `nn.Linear`, the transposed Conv1D of GPT-2, and each expert of batc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -169,8 +169,8 @@ def build_empty(model_config: Any, *, attention: str = "sdpa", task: str = "caus
     """A transformers model for a task (of `TASKS`) whose parameters are on the meta device; its buffers (rotary tables)
     are real. A model without sdpa, such as DeBERTa, computes the same attention as eager.
 
-    Raises ValueError, naming model.task, if transformers has no such model, cannot make it, or makes one that sees the
-    tokens it is to predict.
+    Raises ValueError, naming model.task, if transformers has no such model, cannot make it, or makes an encoder for
+    what a decoder does.
     """
     auto: Any = auto_class(task)
     if type(model_config) not in auto._model_mapping:
@@ -184,6 +184,11 @@ def build_empty(model_config: Any, *, attention: str = "sdpa", task: str = "caus
     try:
         with init_empty_weights(include_buffers=False):
             model: nn.Module = auto.from_config(model_config, dtype=torch.float32, attn_implementation=attention)
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model.task={task} with model.attention={attention} needs a package: {reason}") from error
+    except MemoryError:
+        raise
     except Exception as error:  # whatever the model's own code stumbles over, it is in its configuration
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(
@@ -193,9 +198,10 @@ def build_empty(model_config: Any, *, attention: str = "sdpa", task: str = "caus
     # An encoder that can be a decoder says which in its configuration; GPT-NeoX has the word there and never reads it.
     reads_it = any(getattr(module, "is_decoder", None) is False for module in model.modules())
     if task == "causal_lm" and getattr(model.config, "is_decoder", None) is False and reads_it:
+        masked = "use model.task=masked_lm, or " if type(model_config) in auto_class("masked_lm")._model_mapping else ""
         raise ValueError(
             f"model.task=causal_lm: a {model_config.model_type} with is_decoder=false sees the tokens that it is to "
-            "predict; use model.task=masked_lm, or set is_decoder to true in its config.json"
+            f"predict; {masked}set is_decoder to true in its config.json"
         )
     tie_weights(model)
     return model.train()
@@ -257,12 +263,15 @@ def build_model(
     return materialize(model, loqt, source, device=device, dtype=dtype, ranks=ranks, shard=shard)
 
 
-def _repeated(model: nn.Module, tied: nn.Module | None) -> dict[str, set[str]]:
+def _repeated(model: nn.Module, linears: Collection[str], tied: nn.Module | None) -> dict[str, set[str]]:
     """Module -> those of its own parameters that a module before it has: they are drawn, or read, under their first
-    name, by however many ranks and in whatever order that is done."""
+    name, by however many ranks and in whatever order that is done. What replaces a linear shares nothing."""
     seen: set[int] = set()
     names: dict[str, set[str]] = {}
     for name, module in model.named_modules():
+        if name in linears:
+            names[name] = set()
+            continue
         own = dict(own_parameters(module, tied))
         every = module.named_parameters(recurse=False)
         names[name] = {short for short, parameter in every if short not in own or id(parameter) in seen}
@@ -327,7 +336,7 @@ def materialize(
 
     linears, weights = ranks.attempt(prepare)
     tied = tied_head(model)
-    repeated = _repeated(model, tied)
+    repeated = _repeated(model, linears, tied)
     shared: dict[int, nn.Parameter] = {}  # by the parameter on the meta device
 
     def empty(name: str, module: nn.Module) -> nn.Module:

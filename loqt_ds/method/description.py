@@ -45,6 +45,12 @@ def model_description(config: Config, *, vocab_size: int | None = None) -> Any:
     return description
 
 
+def num_positions(model_config: Any) -> int | None:
+    """Tokens that a model can see; None where nothing limits them (XLNet says -1)."""
+    longest = getattr(model_config, "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None
+
+
 def _num_labels(config: Config, content: dict[str, Any], where: str) -> int:
     """Classes: those of the option, or of the file. (transformers' own default of 2 would be a guess.)"""
     names = content.get("id2label")

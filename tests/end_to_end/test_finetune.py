@@ -139,6 +139,11 @@ def test_the_chat_template_trained_with_travels(workshop: Workshop, examples: di
         assert AutoTokenizer.from_pretrained(directory).chat_template == template
     loaded = load(run / "export", None, None, around=DataConfig(messages_field="messages"), device="cpu")
     assert loaded.opening("hi") == loaded.tokenizer.encode("[user]hi[assistant]")
+    (tmp_path / "own.jinja").unlink()  # the checkpoint has it
+    loaded = load(run / "checkpoints", None, None, around=None, device="cpu")
+    assert loaded.opening("hi") == loaded.tokenizer.encode("[user]hi[assistant]")
+    ends = loaded.model.generation_config.eos_token_id
+    assert loaded.tokenizer.eot_id in (ends if isinstance(ends, list) else [ends])
 
 
 def test_patience_ends_a_run_and_a_resumed_one(workshop: Workshop, examples: dict[str, Any], tmp_path: Path) -> None:

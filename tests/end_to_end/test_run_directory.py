@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
+import shutil
 import subprocess
 import sys
 import termios
@@ -15,7 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
-from workshop import Workshop, command, environment, events, files_below, losses, main, records
+from workshop import REPOSITORY, Workshop, command, environment, events, files_below, losses, main, records
 
 from loqt_ds.config import Config, load_config
 from loqt_ds.config.parsing import field_docs, field_types, option_names
@@ -82,6 +84,18 @@ def test_re_initializations_are_recorded_layer_by_layer(finished: tuple[Path, st
             assert 0.3 < layer["captured_energy"] <= 1 + 1e-6, layer
             assert 0 < layer["error_after"] < layer["error_before"] < 0.15, layer
             assert layer["kept"] is None
+
+
+def test_a_page_is_written_of_it(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """Of a run in nf4, which has no adapter, and whose shape file need not be there any more."""
+    run = tmp_path / "moved"
+    shutil.copytree(finished[0], run)
+    config = run / "config.yaml"
+    config.write_text(re.sub(r"shape: .*", "shape: /gone/shape.json", config.read_text()))
+    command(sys.executable, REPOSITORY / "tools/report_run.py", run, "--output", tmp_path / "page", cwd=tmp_path).ok()
+    page = (tmp_path / "page" / "REPORT.md").read_text()
+    (evaluated,) = {f"{event['loss']:.4f}" for event in events(run, "eval")[-1:]}
+    assert "nf4, loaded again" in page and evaluated in page and 'model.shape="shape.json"' in page
 
 
 def test_evaluations_checkpoints_and_the_export_are_recorded(finished: tuple[Path, str]) -> None:

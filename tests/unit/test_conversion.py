@@ -456,6 +456,32 @@ def test_a_tied_checkpoint_may_hold_the_head_as_well(saved, tmp_path):
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
+def test_a_tied_head_may_be_stored_in_another_dtype(saved, tmp_path):
+    def add_head(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].bfloat16()
+
+    directory = copy_with(saved["qwen2"], tmp_path / "a", add_head)
+    load(directory, NF4, ARCHITECTURES["qwen2"]())
+
+
+def test_linears_that_share_a_bias_have_one_each():
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.b.bias = self.a.bias
+
+    class Given:
+        def module(self, name: str, module: nn.Module) -> dict[str, Tensor]:
+            return {"weight": torch.ones(8, 8), "bias": torch.arange(8.0)}
+
+    with torch.device("meta"):
+        model = Pair()
+    made, _ = materialize(model, LoQTConfig(rank=2), lambda _: Given())
+    layers = loqt_layers(made)
+    assert all(torch.equal(layers[name].bias, torch.arange(8.0)) for name in "ab")
+
+
 def test_a_head_of_its_own_in_a_tied_checkpoint_is_refused(saved, tmp_path):
     """transformers keeps the two apart; a model with one of them is another."""
 
@@ -500,6 +526,12 @@ def test_decoders_that_say_false_of_themselves_are_causal(name):
     other = torch.tensor([[5, 6, 7, 9]])
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits[:, :3], model(other).logits[:, :3])
+
+
+def test_a_package_that_is_missing_is_told_as_that():
+    with pytest.raises(ValueError, match=r"model\.attention=flash_attention_2 needs a package: .*[Ff]lash") as caught:
+        build_empty(llama_config(), attention="flash_attention_2")
+    assert "correct it" not in str(caught.value)
 
 
 def test_what_transformers_cannot_make_is_told_as_a_mistake_in_the_file():

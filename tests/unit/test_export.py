@@ -429,9 +429,17 @@ def test_the_report_is_written_and_the_model_is_untouched(tmp_path: Path) -> Non
 
 
 def checkpoint_of(
-    model: Any, config: LlamaConfig, root: Path, *, loqt: dict[str, Any], masters: dict | None = None, step: int = 30
+    model: Any,
+    config: LlamaConfig,
+    root: Path,
+    *,
+    loqt: dict[str, Any],
+    masters: dict | None = None,
+    step: int = 30,
+    keeps_best: bool = False,
 ) -> Path:
     resolved = Config(loqt=LoQTConfig(**({"rank": 8, "alpha": 0.5} | loqt)))
+    resolved.checkpoint.best = keeps_best
     tokenizer = root.parent / "tokenizer"
     tokenizer.mkdir(parents=True, exist_ok=True)
     (tokenizer / "tokenizer.json").write_text("{}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -98,17 +97,19 @@ def test_a_checkpoint_and_a_run_write_what_was_trained(made: Made, capsys: pytes
 
 
 def test_of_a_run_the_best_is_taken(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As the run itself exports it; what is newer is said to be there."""
+    """As the run itself exports it; what is newer is said to be there. Not of a run that went on without keeping it."""
     run_dir = tmp_path / "run"
-    shutil.copytree(made.checkpoint, run_dir / "checkpoints" / "step_30")
+    checkpoint_of(trained(made.config), made.config, run_dir / "checkpoints", loqt={}, keeps_best=True)
     checkpoint_of(trained(made.config), made.config, run_dir / "best", loqt={}, step=20)
     loaded = load(run_dir, None, made.words, around=None, device="cpu")
     assert "best/step_20 (step 20)" in loaded.what
-    assert f"--model={run_dir} has kept its best checkpoint" in capsys.readouterr().err
+    assert f"--model={run_dir} keeps its best checkpoint" in capsys.readouterr().err
     assert "step 30" in load(run_dir / "checkpoints", None, made.words, around=None, device="cpu").what
     said: list[str] = []
     report = export_checkpoint(run_dir, tmp_path / "out", format="bf16", verify=False, say=said.append)
     assert "best/step_20 (step 20)" in report.source and "which is taken; its newest is in" in said[0]
+    checkpoint_of(trained(made.config), made.config, run_dir / "checkpoints", loqt={}, step=40)
+    assert "step 40" in load(run_dir, None, made.words, around=None, device="cpu").what
 
 
 def test_sampling_goes_by_the_seed_and_templates_come_around(made: Made, capsys: pytest.CaptureFixture[str]) -> None:

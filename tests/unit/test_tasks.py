@@ -25,7 +25,7 @@ from loqt_ds.method.conversion import (
     loqt_layers,
     task_head_parameters,
 )
-from loqt_ds.method.description import model_description
+from loqt_ds.method.description import model_description, num_positions
 
 SMALL = dict(
     vocab_size=VOCAB,
@@ -243,6 +243,15 @@ def test_a_base_saved_with_a_pooler_and_without_a_prefix(tmp_path: Path):
 def description(tmp_path: Path, model_config: Any, **model: Any) -> Any:
     model_config.save_pretrained(tmp_path)
     return model_description(Config(model=ModelConfig(shape=str(tmp_path / "config.json"), **model)))
+
+
+def test_positions_that_limit_a_model_are_those_it_learns() -> None:
+    from transformers import GPT2Config, LlamaConfig, T5Config, XLNetConfig
+
+    assert num_positions(GPT2Config(n_positions=48)) == 48
+    assert num_positions(LlamaConfig(max_position_embeddings=64)) == 64
+    assert num_positions(T5Config(n_positions=512)) is None, "its positions are relative"
+    assert num_positions(XLNetConfig()) is None, "it says -1"
 
 
 def test_the_number_of_classes_is_the_options_or_the_descriptions(tmp_path: Path):
