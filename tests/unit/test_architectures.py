@@ -515,6 +515,7 @@ def test_what_experts_cannot_do_is_refused(tmp_path: Path):
     config = Config(
         model=ModelConfig(shape=str(tmp_path / "config.json")),
         loqt=LoQTConfig(rank=4, subspace="sketch"),
+        data=DataConfig(sequence_length=32),
         train=TrainConfig(dtype="fp32", device="cpu"),
     )
     model.config.save_pretrained(tmp_path)
