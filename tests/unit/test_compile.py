@@ -197,7 +197,8 @@ def test_under_activation_checkpointing():
     assert set(actual) == set(expected)
     assert all(relative(actual[name], expected[name]) < 1e-5 for name in expected)
     rest = 7 * 8 + torch.get_rng_state().numel() + 2 * 4 * 8 * ids.shape[1]  # of handles; for dropout; rotary tables
-    assert kept[1] <= kept[0] + 4 * rest  # torch 2.8 keeps more of these
+    times = 2 if torch.__version__ >= (2, 9) else 4  # torch 2.8 keeps these three times and a few bytes
+    assert kept[1] <= kept[0] + times * rest
     assert kept[0] > 2 * 4 * 32 * ids.numel()  # inputs of the blocks: the constants are not all there is
 
 
